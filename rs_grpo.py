@@ -1,18 +1,65 @@
+"""Risk-Sensitive GRPO (arXiv 2509.24261) in one file, from prompt to pass@k.
+
+Reinforcement learning with verifiable rewards makes a language model's first answer better and its hundredth worse:
+the mean reward is a local optimum for a policy that starts out peaked. RS-GRPO maximises instead
+
+    J_β = E_x [ (1/β) log E_{y ~ π(·|x)} exp(β r(y)) ]          the mean for β → 0, the best of all samples for β → ∞
+
+and only one function changes, the advantage of sample i among the N samples of a prompt:
+
+    Â_i = (1/β) ( exp(β r_i) / mean_j exp(β r_j) − 1 )          `risk_sensitive_advantage`
+
+β = 0 is the mean baseline r_i − mean(r). Everything else is GRPO in its plainest form: sample N completions of each
+prompt, judge them by a rule, take one on-policy gradient step. Left out, because the method needs none of them: a
+value network, a reward model, a KL penalty, a reference model, an importance ratio.
+
+    python rs_grpo.py                                 # train the embedded model on Countdown, with pass@k before and after
+    python rs_grpo.py --advantage grpo --out runs/g   # the same with GRPO
+    python rs_grpo.py --model FOLDER_OR_HUB_ID --lr 1e-6 --task countdown --device cuda
+    python rs_grpo.py --resume                        # go on where a killed run stopped, to the same numbers
+
+Legend: P prompts a step, N samples a prompt, B = P·N rows, L prompt tokens, T completion tokens, V vocabulary.
+A rollout is a prompt's tokens and one completion of it; a group is the N rollouts of one prompt.
+"""
+
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
 import math
 import operator
+import os
 import random
 import re
+import signal
+import threading
+import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-MAX_EXPRESSION = 100  # characters of an answer that are read at all
+EMBEDDED = "countdown-base"  # the model that lies beside this file
+HERE = Path(__file__).resolve().parent
+SETTINGS, METRICS, RESULTS, CHECKPOINT = "config.json", "metrics.jsonl", "eval.json", "checkpoint.pt"
+
+WARMUP_STEPS = 10  # the learning rate rises linearly over these
+MAX_GRAD_NORM = 1.0
+MAX_FAILURES = 3  # updates in a row that were not finite before a run gives up
+EVALUATION_SEED = 1_000_003  # added to --seed, so that evaluation and training draw different numbers
+EVALUATION_ROWS = 1024  # completions sampled at once in an evaluation
+PROGRESS = (
+    "reward {reward:.2f} solved {solved:.2f} signal {signal:.2f} entropy {entropy:.2f} "
+    "length {length:.1f} grad {grad_norm:.2f} tok/s {tokens_per_second:.0f}"
+)
 
 
 class BadInput(ValueError):
@@ -20,11 +67,74 @@ class BadInput(ValueError):
 
 
 # ---------------------------------------------------------------------------
+# Configuration: this dataclass is the one source, the command line is made from it.
+# ---------------------------------------------------------------------------
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one run. Raises BadInput for a value that can't work."""
+
+    model: str = option(EMBEDDED, "folder or hub id of a causal language model")
+    task: str = option("countdown", "what to train on: countdown")
+    out: str = option("", "run folder to write (default: runs/<advantage>-seed<seed>, with beta where it counts)")
+    seed: int = option(0, "of the order of the problems and of every sampled token")
+    advantage: str = option("rs", "estimator: rs, mean, grpo, chen, mahdavi, pkpo, pkpo_loo or maxrl")
+    beta: float = option(2.0, "risk sensitivity of rs: 0 is the mean, larger seeks rarer successes; the paper advises 2")
+    k: int = option(4, "the k of the pass@k estimators chen, mahdavi, pkpo and pkpo_loo; the paper compares at 4")
+    lr: float = option(1e-4, "AdamW's learning rate; a pretrained model wants about 1e-6")
+    temperature: float = option(1.0, "of sampling and, since the loss scores what was sampled, of learning too")
+    prompts: int = option(32, "prompts a step")
+    samples: int = option(16, "completions a prompt, the group over which advantages are taken; the paper has 16")
+    steps: int = option(500, "training steps, one update each; 0 only evaluates")
+    train_problems: int = option(10_000, "size of the training set, gone through in epochs without replacement")
+    max_tokens: int = option(20, "longest completion in tokens; Countdown's longest sensible answer has 16")
+    eval_problems: int = option(128, "held-out problems to evaluate on")
+    eval_samples: int = option(256, "completions for each of them, so the largest k of pass@k")
+    eval_every: int = option(0, "also evaluate every so many steps; 0 is only before and after")
+    save_every: int = option(50, "steps between checkpoints: the most that a kill can cost")
+    micro_tokens: int = option(4096, "tokens in one forward and backward pass: memory, never the gradient")
+    device: str = option("auto", "auto (CUDA, else MPS, else CPU), or a torch device such as cpu or cuda:1")
+
+    def __post_init__(self):
+        def expect(condition: bool, name: str, wanted: str):
+            if not condition:
+                raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}, but must be {wanted}")
+
+        for f in fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            expect(isinstance(value, kind) or (kind is float and number), f.name, f"of type {kind.__name__}")
+        for name in ("prompts", "train_problems", "max_tokens", "eval_problems", "eval_samples", "save_every", "micro_tokens", "k"):
+            expect(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("steps", "eval_every", "seed"):
+            expect(getattr(self, name) >= 0, name, "at least 0")
+        expect(self.samples >= 2, "samples", "at least 2: an advantage compares the samples of a group")
+        expect(math.isfinite(self.beta), "beta", "a finite number")
+        expect(math.isfinite(self.lr) and self.lr > 0, "lr", "a finite number above 0")
+        expect(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "a finite number above 0")
+        expect(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}")
+        expect(self.task in TASKS, "task", f"one of {', '.join(TASKS)}")
+        if self.advantage in ("chen", "mahdavi", "pkpo", "pkpo_loo"):
+            expect(self.k <= self.samples, "k", f"at most --samples, {self.samples}")
+            expect(self.k >= 2 or self.advantage != "pkpo_loo", "k", "at least 2 for pkpo_loo")
+
+    @property
+    def run_folder(self) -> Path:
+        beta = f"-{self.beta:g}" if self.advantage == "rs" else ""
+        return Path(self.out or f"runs/{self.advantage}{beta}-seed{self.seed}")
+
+
+# ---------------------------------------------------------------------------
 # Advantages: the one function that changes. All map rewards (P, N) to (P, N).
 # ---------------------------------------------------------------------------
 
 
-def risk_sensitive_advantage(rewards: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:
+def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     """Risk-sensitive advantage: prefer what lifts (1/β) log E[exp(β r)] over what lifts the mean.
 
         Â_i = (1/β) ( exp(β r_i) / mean_j exp(β r_j) − 1 )        Theorem 1 of arXiv 2509.24261, estimated on the group
@@ -57,12 +167,12 @@ def risk_sensitive_advantage(rewards: torch.Tensor, beta: float | torch.Tensor) 
     return advantages.to(rewards.dtype)
 
 
-def mean_baseline_advantage(rewards: torch.Tensor) -> torch.Tensor:
+def mean_baseline_advantage(rewards: Tensor) -> Tensor:
     """Â_i = r_i − mean(r): the gradient of the mean reward, the limit β → 0 ("Dr. GRPO", arXiv 2503.20783)."""
     return risk_sensitive_advantage(rewards, 0.0)
 
 
-def grpo_advantage(rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
+def grpo_advantage(rewards: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Â_i = (r_i − mean(r)) / (std(r) + ε), with the population's std (GRPO, arXiv 2402.03300).
 
     The division makes hard and easy prompts weigh alike: 3.873/−.258 at c = 1 of 16 and .258/−3.873 at c = 15.
@@ -72,7 +182,7 @@ def grpo_advantage(rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor
     return advantages / (advantages.std(1, keepdim=True, correction=0) + epsilon)
 
 
-def chen_advantage(rewards: torch.Tensor, k: int) -> torch.Tensor:
+def chen_advantage(rewards: Tensor, k: int) -> Tensor:
     """Pass@k training (Chen et al., arXiv 2508.10751), binary rewards: standardise the reward "one of k succeeds".
 
         ρ = 1 − C(N−c,k)/C(N,k)        σ = √(ρ(1−ρ))
@@ -89,7 +199,7 @@ def chen_advantage(rewards: torch.Tensor, k: int) -> torch.Tensor:
     return advantages.to(rewards.dtype)
 
 
-def mahdavi_advantage(rewards: torch.Tensor, k: int) -> torch.Tensor:
+def mahdavi_advantage(rewards: Tensor, k: int) -> Tensor:
     """The policy gradient of pass@k = 1 − (1−p)^k (Mahdavi et al., Beyond Accuracy, ICML 2025 AI4Math), binary rewards.
 
         Â_i = k (1−p)^{k−1} (r_i − p),  p = c/N
@@ -104,7 +214,7 @@ def mahdavi_advantage(rewards: torch.Tensor, k: int) -> torch.Tensor:
     return (k * (1 - p) ** (k - 1) * (rewards - p)).to(rewards.dtype)
 
 
-def pkpo_advantage(rewards: torch.Tensor, k: int, leave_one_out: bool = False) -> torch.Tensor:
+def pkpo_advantage(rewards: Tensor, k: int, leave_one_out: bool = False) -> Tensor:
     """PKPO (Walder & Karkhanis, arXiv 2505.15201), binary or continuous rewards: the best reward among k samples.
 
         plain (equation 19):                    s_i = (1/C(N,k)) Σ_{I∋i} max_{j∈I} r_j
@@ -120,7 +230,7 @@ def pkpo_advantage(rewards: torch.Tensor, k: int, leave_one_out: bool = False) -
     _check_k(k, n, least=2 if leave_one_out else 1)
     r, order = rewards.double().sort(dim=1)  # (P, N), upwards
 
-    def subsets(size: int, offset: int) -> torch.Tensor:  # (N,): C(j−offset, size) / C(N, k) for j = 1 … N
+    def subsets(size: int, offset: int) -> Tensor:  # (N,): C(j−offset, size) / C(N, k) for j = 1 … N
         counts = [math.comb(j - offset, size) if j >= offset and size >= 0 else 0 for j in range(1, n + 1)]
         return torch.tensor([count / math.comb(n, k) for count in counts], dtype=torch.float64, device=r.device)
 
@@ -134,7 +244,7 @@ def pkpo_advantage(rewards: torch.Tensor, k: int, leave_one_out: bool = False) -
     return torch.empty_like(score).scatter_(1, order, score).to(rewards.dtype)
 
 
-def maxrl_advantage(rewards: torch.Tensor) -> torch.Tensor:
+def maxrl_advantage(rewards: Tensor) -> Tensor:
     """MaxRL (arXiv 2602.02710), binary rewards: Â_i = (r_i − p)/p, 0 without a success; the limit of β·Â_rs as β → ∞.
 
     15/−1 for c = 1 of 16, 1/−1 for c = 8, .067/−1 for c = 15. Raises ValueError for rewards other than 0 and 1.
@@ -144,7 +254,7 @@ def maxrl_advantage(rewards: torch.Tensor) -> torch.Tensor:
     return torch.where(c > 0, (rewards - p) / p, 0.0).to(rewards.dtype)
 
 
-def _as_group_matrix(rewards: torch.Tensor) -> torch.Tensor:
+def _as_group_matrix(rewards: Tensor) -> Tensor:
     """`rewards` as a floating-point (P, N) matrix, or a ValueError."""
     rewards = torch.as_tensor(rewards)
     if rewards.dim() != 2:
@@ -152,7 +262,7 @@ def _as_group_matrix(rewards: torch.Tensor) -> torch.Tensor:
     return rewards if rewards.is_floating_point() else rewards.float()
 
 
-def _count_correct(rewards: torch.Tensor, method: str) -> torch.Tensor:
+def _count_correct(rewards: Tensor, method: str) -> Tensor:
     """The number of rewards equal to 1 in each group, (P, 1), or a ValueError if some are neither 0 nor 1."""
     rewards = _as_group_matrix(rewards)
     if not ((rewards == 0) | (rewards == 1)).all():
@@ -165,14 +275,14 @@ def _check_k(k: int, n: int, least: int = 1) -> None:
         raise ValueError(f"k must be from {least} to the group's {n} samples, got {k}")
 
 
-def _share_without_success(n: int, k: int, c: torch.Tensor) -> torch.Tensor:
+def _share_without_success(n: int, k: int, c: Tensor) -> Tensor:
     """C(n−c, k) / C(n, k): the share of size-k subsets of n samples that miss all c correct ones. Shape of `c`."""
     _check_k(k, n, least=0)
     shares = [math.comb(n - count, k) / math.comb(n, k) for count in range(n + 1)]
     return torch.tensor(shares, dtype=torch.float64, device=c.device)[c.long()]
 
 
-ADVANTAGES: dict[str, Callable[[torch.Tensor, "Config"], torch.Tensor]] = {
+ADVANTAGES: dict[str, Callable[[Tensor, Config], Tensor]] = {
     "rs": lambda rewards, config: risk_sensitive_advantage(rewards, config.beta),
     "mean": lambda rewards, config: mean_baseline_advantage(rewards),
     "grpo": lambda rewards, config: grpo_advantage(rewards),
@@ -187,6 +297,10 @@ ADVANTAGES: dict[str, Callable[[torch.Tensor, "Config"], torch.Tensor]] = {
 # ---------------------------------------------------------------------------
 # Task and reward
 # ---------------------------------------------------------------------------
+
+
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+MAX_EXPRESSION = 100  # characters of a Countdown answer; a longer one is wrong
 
 
 class Problem(NamedTuple):
@@ -287,3 +401,604 @@ def _parse(tokens: list[str], level: int = 0) -> Fraction:
         symbol = tokens.pop()
         value = OPERATORS[symbol](value, _parse(tokens, level + 1))
     return value
+
+
+class Task(NamedTuple):
+    """Problems to learn from, problems to be judged on, and the rule: reward(completion text, problem) → float."""
+
+    train: list[Problem]
+    held_out: list[Problem]
+    reward: Callable[[str, Problem], float]
+
+
+def countdown(config: Config) -> Task:
+    """The compact Countdown task of the embedded model. Its problems don't depend on the seed, only their order does."""
+    return Task(
+        countdown_problems(config.train_problems, held_out=False),
+        countdown_problems(config.eval_problems, held_out=True),
+        lambda completion, problem: countdown_reward(completion, problem.numbers, problem.target),
+    )
+
+
+TASKS: dict[str, Callable[[Config], Task]] = {"countdown": countdown}
+
+
+# ---------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------
+
+
+class Policy(NamedTuple):
+    """A causal language model with what is needed to sample from it."""
+
+    model: Any
+    tokenizer: Any
+    stop_ids: Tensor  # (S,): a completion ends with any of these tokens
+    device: torch.device
+
+
+def load_policy(config: Config) -> Policy:
+    """Load a model of the hub or of a folder, in float32 and evaluation mode. Raises BadInput if it can't be used."""
+    device = pick_device(config.device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # here, so that importing this file stays cheap
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = HERE / EMBEDDED if config.model == EMBEDDED else Path(config.model).expanduser()
+    if not path.exists() and (path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1):
+        raise BadInput(f"--model {config.model} doesn't exist; give a folder that holds a Hugging Face model, or a hub id")
+    name = str(path) if path.exists() else config.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()  # no dropout, ever
+    except Exception as error:  # whatever a hub, a config or a damaged file may raise: it can't be loaded
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"--model {config.model} can't be loaded as a causal language model: {reason}") from error
+    with torch.no_grad():
+        ids = torch.tensor([[0, 1]], device=device)
+        head, hidden = model.get_output_embeddings(), model.base_model(ids).last_hidden_state
+        if head is None or not torch.allclose(model(ids).logits, head(hidden), atol=1e-4):
+            raise BadInput(f"--model {config.model} changes its logits after the output layer, which isn't supported here")
+    stops = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    stops = {i for stop in stops if stop is not None for i in (stop if isinstance(stop, list) else [stop])}
+    return Policy(model, tokenizer, torch.tensor(sorted(stops), dtype=torch.long, device=device), device)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; for auto CUDA if there is one, else MPS, else the CPU. Raises BadInput."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--device {name} can't be used here ({reason}); auto picks one that can") from error
+
+
+class Rollouts(NamedTuple):
+    """The N completions of each of P prompts; rows of one prompt lie together, B = P·N."""
+
+    prompt_ids: Tensor  # (P, L), padded on the left
+    prompt_mask: Tensor  # (P, L), 1 on real tokens
+    ids: Tensor  # (B, T), padded on the right
+    mask: Tensor  # (B, T), True on completion tokens, the end-of-sequence token included
+    entropy: float  # mean over the completion tokens of the policy's entropy, in nats
+
+
+def encode(prompts: Sequence[str], tokenizer: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of the prompts, both (P, L), padded on the left."""
+    rows = [tokenizer(prompt).input_ids for prompt in prompts]
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)  # any id will do for padding: the mask hides it
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = torch.tensor(row)
+        mask[i, longest - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def prefill(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+    """Run the prompts (P, L) once: the final hidden state of their last token (P, D), and the cache of their keys."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding doesn't count
+    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    return out.last_hidden_state[:, -1], out.past_key_values
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    samples: int,
+    max_tokens: int,
+    temperature: float,
+    stop_ids: Tensor,
+    generator: torch.Generator,
+) -> Rollouts:
+    """Draw `samples` completions of each prompt from softmax(logits / temperature), nothing cut off.
+
+    Each prompt is run once and its cache handed to all its samples. A row that drew one of `stop_ids` (S,) leaves the
+    batch, so the last steps run on the few longest rows alone.
+    """
+    head = model.get_output_embeddings()
+    hidden, cache = prefill(model, prompt_ids, prompt_mask)
+    cache.batch_repeat_interleave(samples)
+    hidden = hidden.repeat_interleave(samples, 0)  # (B, D)
+    mask = prompt_mask.repeat_interleave(samples, 0)  # (B, L), growing by one column a token
+    rows = torch.arange(len(mask), device=mask.device)  # (B',): which rows are still being written
+    ids = torch.zeros(len(mask), max_tokens, dtype=torch.long, device=mask.device)  # (B, T)
+    lengths = torch.zeros_like(rows)  # (B,)
+    entropy = torch.zeros((), dtype=torch.float64, device=mask.device)
+    for t in range(max_tokens):
+        probs = torch.softmax(head(hidden).float() / temperature, -1)  # (B', V)
+        token = torch.multinomial(probs, 1, generator=generator).squeeze(1)  # (B',)
+        ids[rows, t] = token
+        lengths[rows] = t + 1
+        entropy += torch.special.entr(probs).sum()
+        going = ~torch.isin(token, stop_ids)
+        if t + 1 == max_tokens or not going.any():
+            break
+        if not going.all():
+            rows, token, mask = rows[going], token[going], mask[going]
+            cache.batch_select_indices(going)
+        positions = mask.sum(1, keepdim=True)  # (B', 1): the tokens before this one
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        out = model.base_model(token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache)
+        hidden = out.last_hidden_state[:, -1]
+    ids = ids[:, : t + 1]
+    completion_mask = torch.arange(t + 1, device=ids.device) < lengths[:, None]  # (B, T)
+    return Rollouts(prompt_ids, prompt_mask, ids, completion_mask, (entropy / lengths.sum()).item())
+
+
+def roll_out(policy: Policy, problems: Sequence[Problem], samples: int, config: Config, generator: Any) -> Rollouts:
+    """`sample` for a list of problems."""
+    ids, mask = encode([problem.prompt for problem in problems], policy.tokenizer, policy.device)
+    return sample(policy.model, ids, mask, samples, config.max_tokens, config.temperature, policy.stop_ids, generator)
+
+
+def decode(policy: Policy, rollouts: Rollouts) -> list[str]:
+    """The text of each completion, B of them, without the token that ended it but with every other, special or not."""
+    stop_ids = set(policy.stop_ids.tolist())
+    rows = [row[:length] for row, length in zip(rollouts.ids.tolist(), rollouts.mask.sum(1).tolist())]
+    return policy.tokenizer.batch_decode([row[:-1] if row[-1] in stop_ids else row for row in rows])
+
+
+# ---------------------------------------------------------------------------
+# Log-probabilities and the loss
+# ---------------------------------------------------------------------------
+
+
+def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> Tensor:
+    """log π(token) of every completion token at the sampling temperature, (B, T), and 0 on padding; differentiable.
+
+    As in sampling, each prompt is run once, through the cache, and the gradient of all its samples flows back into it.
+    Logits are computed for completion tokens alone: the prompt's last hidden state predicts the first of them, and the
+    hidden state of token t predicts token t + 1.
+    """
+    ids, mask = rollouts.ids, rollouts.mask
+    samples = len(ids) // len(rollouts.prompt_ids)
+    first, cache = prefill(model, rollouts.prompt_ids, rollouts.prompt_mask)  # (P, D)
+    hidden = first.repeat_interleave(samples, 0)[:, None]  # (B, 1, D)
+    if ids.shape[1] > 1:
+        cache.batch_repeat_interleave(samples)
+        prompt_mask = rollouts.prompt_mask.repeat_interleave(samples, 0)  # (B, L)
+        attended = torch.cat([prompt_mask, mask[:, :-1].long()], 1)  # (B, L+T−1)
+        positions = prompt_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=ids.device)  # (B, T−1)
+        out = model.base_model(ids[:, :-1], attention_mask=attended, position_ids=positions, past_key_values=cache)
+        hidden = torch.cat([hidden, out.last_hidden_state], 1)  # (B, T, D)
+    assert hidden.shape[:2] == ids.shape  # hidden[:, t] is what the model knew when it drew ids[:, t]
+    logits = model.get_output_embeddings()(hidden[mask]).float() / temperature  # (tokens, V)
+    logprobs = -torch.nn.functional.cross_entropy(logits, ids[mask], reduction="none")  # (tokens,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logprobs)
+
+
+def policy_gradient(model: Any, rollouts: Rollouts, advantages: Tensor, temperature: float, micro_tokens: int) -> float:
+    """Add the gradient of the loss to the parameters' `.grad`, and return the loss.
+
+        loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)          advantages: (P, N)
+
+    Its value says nothing about progress: only its gradient means something, the policy gradient with Â. The policy
+    that sampled is the policy that learns, with one update a batch, so PPO's ratio π/π_old is exactly 1, its clip
+    never binds, and the gradient of ratio·Â is that of Â·log π: neither is written here.
+
+    Groups without a signal have a gradient of exactly zero and are never run. The divisor counts the whole batch's
+    tokens, so that neither skipping nor the cut into micro-batches changes the gradient.
+    """
+    tokens = rollouts.mask.sum()
+    samples = advantages.shape[1]
+    total = 0.0
+    for groups in micro_batches(rollouts, (advantages != 0).any(1), samples, micro_tokens):
+        rows = (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()  # (B',)
+        longest = int(rollouts.mask[rows].sum(1).max())
+        used = rollouts.prompt_mask[groups].any(0)  # columns that hold more than padding
+        part = Rollouts(
+            rollouts.prompt_ids[groups][:, used],
+            rollouts.prompt_mask[groups][:, used],
+            rollouts.ids[rows, :longest],
+            rollouts.mask[rows, :longest],
+            rollouts.entropy,
+        )
+        logprobs = completion_logprobs(model, part, temperature)  # (B', T)
+        weight = advantages[groups].reshape(-1, 1)  # (B', 1): the same on every token
+        assert weight.shape[0] == logprobs.shape[0]
+        loss = -(weight * logprobs).sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def micro_batches(rollouts: Rollouts, signal: Tensor, samples: int, micro_tokens: int) -> Iterator[Tensor]:
+    """Split the groups with a signal, (P,), into index tensors whose padded tokens stay within `micro_tokens`.
+
+    Groups of like length go together. A group alone above the budget still goes, by itself.
+    """
+    longest = rollouts.mask.sum(1).view(-1, samples).amax(1)  # (P,)
+    order = [i for i in longest.argsort(stable=True).tolist() if signal[i]]
+    part: list[int] = []
+    for i in order:
+        row_tokens = rollouts.prompt_ids.shape[1] + samples * int(longest[i])
+        if part and (len(part) + 1) * row_tokens > micro_tokens:
+            yield torch.tensor(part, device=longest.device)
+            part = []
+        part.append(i)
+    if part:
+        yield torch.tensor(part, device=longest.device)
+
+
+# ---------------------------------------------------------------------------
+# pass@k
+# ---------------------------------------------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples, c of them correct, hold a correct one: 1 − C(n−c,k)/C(n,k) (arXiv 2107.03374).
+
+    Exact integers up to one correctly rounded division, so it holds for any n. Raises ValueError unless
+    0 ≤ c ≤ n and 1 ≤ k ≤ n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    subsets = math.comb(n, k)
+    return (subsets - math.comb(n - c, k)) / subsets
+
+
+def evaluate(policy: Policy, task: Task, config: Config, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Sample `eval_samples` completions of each held-out problem: counts, and unbiased pass@k in percent.
+
+    The dictionary holds `n`, `correct` and `distinct` (how many of n are right, and how many different ones, a number
+    per problem), and `pass_at_k` (k as text → percent). The random numbers are the same at every call.
+    """
+    n, problems = config.eval_samples, task.held_out
+    generator = torch.Generator(policy.device).manual_seed(config.seed + EVALUATION_SEED)
+    correct, distinct = [], []
+    at_once = max(1, EVALUATION_ROWS // n)  # problems
+    with tqdm(total=len(problems), desc="evaluating", unit="problem", leave=False, dynamic_ncols=True) as progress:
+        for start in range(0, len(problems), at_once):
+            part = problems[start : start + at_once]
+            completions = decode(policy, roll_out(policy, part, n, config, generator))
+            for i, problem in enumerate(part):
+                right = [text for text in completions[i * n : (i + 1) * n] if task.reward(text, problem) >= 1]
+                correct.append(len(right))
+                distinct.append(len(set(right)))
+            progress.update(len(part))
+            if interrupted():
+                raise KeyboardInterrupt
+    ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+    mean = {str(k): 100 * sum(pass_at_k(n, c, k) for c in correct) / len(correct) for k in ks}
+    return {"n": n, "correct": correct, "distinct": distinct, "pass_at_k": mean}
+
+
+# ---------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------
+
+
+def train(config: Config, resume: bool = False) -> dict[str, Any]:
+    """Train a policy and measure its pass@k before and after. Everything is written to `config.run_folder`.
+
+    Returns what `eval.json` holds: `base` and `trained`, each as described at `evaluate`. With `resume`, goes on from
+    the folder's checkpoint, or from the start if the run was killed before its first.
+    Raises BadInput; FloatingPointError when updates keep failing; KeyboardInterrupt, after saving, on Ctrl-C.
+    """
+    folder = open_run_folder(config, resume)
+    task = TASKS[config.task](config)
+    policy = load_policy(config)
+    write_json(folder / SETTINGS, asdict(config))
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
+    generator = torch.Generator(policy.device).manual_seed(config.seed)  # the only source of randomness in training
+    solved = torch.zeros(len(task.train), dtype=torch.bool)  # training problems solved at least once
+    done, failed = load_checkpoint(folder, policy, optimizer, generator, solved) if resume else (0, 0)
+    results = load_results(folder, done)
+    failed_in_a_row = 0
+
+    with deferred_interrupt() as interrupted, open(folder / METRICS, "a") as metrics_file:
+        if "base" not in results:
+            results["base"] = evaluate(policy, task, config, interrupted)
+            write_json(folder / RESULTS, results)
+        bar = tqdm(range(done + 1, config.steps + 1), "training", config.steps, initial=done, unit="step", dynamic_ncols=True)
+        for step in bar:
+            if config.eval_every and (step - 1) % config.eval_every == 0 and str(step - 1) not in results["steps"]:
+                results["steps"][str(step - 1)] = evaluate(policy, task, config, interrupted)
+                write_json(folder / RESULTS, results)
+            started = time.perf_counter()
+            # 1. Take P problems of the training set, each once an epoch.
+            indices = batch_indices(step, config.prompts, len(task.train), config.seed)
+            problems = [task.train[i] for i in indices]
+            # 2. Sample N completions of each from the policy.
+            rollouts = roll_out(policy, problems, config.samples, config, generator)
+            completions = decode(policy, rollouts)
+            sampled = time.perf_counter()
+            # 3. Judge every completion by the rule.
+            rewards = judge(completions, problems, task.reward)  # (P, N)
+            # 4. Turn rewards into advantages, group by group.
+            advantages = ADVANTAGES[config.advantage](rewards, config)  # (P, N)
+            # 5. Take one step up the policy gradient.
+            loss = policy_gradient(policy.model, rollouts, advantages, config.temperature, config.micro_tokens)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                failed_in_a_row = 0
+                optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / WARMUP_STEPS)
+                optimizer.step()
+            else:
+                failed, failed_in_a_row = failed + 1, failed_in_a_row + 1
+                if failed_in_a_row == MAX_FAILURES:
+                    raise FloatingPointError(
+                        f"loss or gradient was not finite {MAX_FAILURES} times in a row, up to step {step}; "
+                        "start again with a lower --lr"
+                    )
+            optimizer.zero_grad()
+
+            best = rewards.amax(1)  # (P,)
+            solved[indices] |= best >= 1
+            seconds = time.perf_counter() - started
+            metrics = {
+                "step": step,
+                "reward": rewards.mean().item(),
+                "solved": (best >= 1).float().mean().item(),
+                "signal": (advantages != 0).any(1).float().mean().item(),
+                "entropy": rollouts.entropy,
+                "length": rollouts.mask.sum(1).float().mean().item(),
+                "grad_norm": grad_norm,
+                "advantage_size": advantages.abs().mean().item(),
+                "solve_rate": solved.float().mean().item(),
+                "failed_updates": failed,
+                "seconds": seconds,
+                "sampling_seconds": sampled - started,
+                "tokens_per_second": rollouts.mask.sum().item() / seconds,
+            }
+            print(json.dumps(metrics), file=metrics_file, flush=True)
+            bar.set_postfix_str(PROGRESS.format(**metrics), refresh=False)
+            if step % max(1, config.steps // 5) == 0:
+                tqdm.write(showcase(step, problems, completions, rewards))
+            evaluated_next = config.eval_every and step % config.eval_every == 0
+            if step % config.save_every == 0 or step == config.steps or evaluated_next or interrupted():
+                save_checkpoint(folder, policy, optimizer, generator, solved, step, failed)
+            if interrupted():
+                raise KeyboardInterrupt
+
+        results["trained"] = evaluate(policy, task, config, interrupted) if config.steps else results["base"]
+        write_json(folder / RESULTS, results)
+    if config.steps:
+        policy.model.save_pretrained(folder / "model")
+        policy.tokenizer.save_pretrained(folder / "model")
+    draw_pass_at_k(results, folder / "passk.png")
+    return results
+
+
+def batch_indices(step: int, prompts: int, problems: int, seed: int) -> list[int]:
+    """Which problems step `step` (from 1) takes: each once an epoch, in an order set by seed and epoch alone."""
+    places = range((step - 1) * prompts, step * prompts)
+    orders = {e: np.random.default_rng([seed, e]).permutation(problems) for e in {p // problems for p in places}}
+    return [int(orders[p // problems][p % problems]) for p in places]
+
+
+def judge(completions: Sequence[str], problems: Sequence[Problem], reward: Callable[[str, Problem], float]) -> Tensor:
+    """Rewards (P, N) of P·N completions, those of one problem lying together."""
+    samples = len(completions) // len(problems)
+    values = [reward(text, problems[i // samples]) for i, text in enumerate(completions)]
+    return torch.tensor(values).view(len(problems), samples)
+
+
+def showcase(step: int, problems: Sequence[Problem], completions: Sequence[str], rewards: Tensor) -> str:
+    """A few completions to read: of the three prompts with the most mixed rewards, the best and the worst one."""
+    samples = rewards.shape[1]
+    lines = [f"step {step}"]
+    for i in rewards.std(1).argsort(descending=True, stable=True)[:3].tolist():
+        for j in (int(rewards[i].argmax()), int(rewards[i].argmin())):
+            lines.append(f"  reward {rewards[i, j]:.2f}  {problems[i].prompt} {completions[i * samples + j][:500]!r}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------
+# The run folder: nothing in it is ever half written
+# ---------------------------------------------------------------------------
+
+
+def open_run_folder(config: Config, resume: bool) -> Path:
+    """The run's folder: a new or empty one, or with `resume` one that holds the same settings. Raises BadInput."""
+    folder = config.run_folder
+    if resume:
+        stored = stored_settings(folder)
+        for name, value in asdict(config).items():
+            if name != "out" and value != stored[name] and not (name == "steps" and value > stored[name]):
+                raise BadInput(f"--{name.replace('_', '-')} is {value}, but {folder} was started with {stored[name]}; leave it out")
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(path.suffix != ".tmp" for path in folder.iterdir())
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise BadInput(f"--out {folder} can't be written ({error.strerror or error}); choose another folder") from error
+    if used:
+        raise BadInput(f"{folder} isn't empty; go on with the run in it by --resume, or choose another folder with --out")
+    return folder
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder's config.json. Raises BadInput."""
+    try:
+        return asdict(Config(**json.loads((folder / SETTINGS).read_text())))
+    except FileNotFoundError as error:
+        raise BadInput(f"there is no run in {folder} to resume; start one without --resume, or name its folder with --out") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder / SETTINGS} can't be read ({error}); mend it, or start again in another folder") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path` and move it into place: a kill leaves the old file or the new one, whole."""
+    aside = path.with_suffix(".tmp")
+    write(aside)
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomically(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def save_checkpoint(
+    folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, solved: Tensor, step: int, failed: int
+) -> None:
+    """Everything that the steps after `step` depend on, in one file."""
+    state = {
+        "step": step,
+        "failed": failed,
+        "solved": solved,
+        "generator": generator.get_state(),
+        "model": policy.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    write_atomically(folder / CHECKPOINT, lambda aside: torch.save(state, aside))
+
+
+def load_checkpoint(
+    folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, solved: Tensor
+) -> tuple[int, int]:
+    """Put everything back as `save_checkpoint` found it and cut the metrics there. Returns (step, failed updates).
+
+    A run that was killed before its first checkpoint starts again from step 0. Raises BadInput for a damaged file.
+    """
+    path, step, failed = folder / CHECKPOINT, 0, 0
+    if path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: data, no code
+            policy.model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"])
+            solved.copy_(state["solved"])
+            step, failed = state["step"], state["failed"]
+        except Exception as error:  # zip, pickle, missing key or shape: whichever it is, the file is no checkpoint
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise BadInput(f"{path} is damaged ({reason}); delete it to start this run again from step 0") from error
+    kept = [line for line in read_metrics(folder) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_atomically(folder / METRICS, lambda aside: aside.write_text(text))
+    return step, failed
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without one that a kill cut short."""
+    lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def load_results(folder: Path, step: int) -> dict[str, Any]:
+    """What eval.json holds so far, up to `step`: the base's evaluation, and those on the way."""
+    results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).exists() else {}
+    results.pop("trained", None)
+    results["steps"] = {s: result for s, result in results.get("steps", {}).items() if int(s) <= step}
+    return results
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C only makes the yielded function return True, so that a step is never cut in two; a second one breaks off."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield lambda: False
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# ---------------------------------------------------------------------------
+# What a person looks at
+# ---------------------------------------------------------------------------
+
+
+def table(results: dict[str, Any]) -> str:
+    """pass@k of base and trained side by side, in percent, and the distinct correct answers per problem."""
+    names = [name for name in ("base", "trained") if name in results]
+    base = results["base"]
+    rows = [[f"pass@{k}"] + [f"{results[name]['pass_at_k'][k]:.1f}" for name in names] for k in base["pass_at_k"]]
+    distinct = [f"{sum(results[name]['distinct']) / len(base['distinct']):.2f}" for name in names]
+    lines = [f"{len(base['correct'])} held-out problems, {base['n']} samples each, percent", f"{'':>10}" + "".join(f"{n:>10}" for n in names)]
+    lines += [f"{row[0]:>10}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+    return "\n".join(lines + [f"{'distinct':>10}" + "".join(f"{cell:>10}" for cell in distinct) + "   correct answers a problem"])
+
+
+def draw_pass_at_k(results: dict[str, Any], path: Path) -> None:
+    """Draw pass@k over k of base and trained."""
+    try:
+        from matplotlib.figure import Figure  # no pyplot: no display is needed
+    except ImportError:
+        print(f"{path.name} was not drawn: pip install matplotlib")
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, color in (("base", "0.55"), ("trained", "C3")):
+        curve = results[name]["pass_at_k"]
+        axes.plot([int(k) for k in curve], list(curve.values()), "o-", color=color, label=name)
+    axes.set_xscale("log", base=2)
+    ticks = [int(k) for k in results["base"]["pass_at_k"]]
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.set(xlabel="k", ylabel="pass@k on held-out problems (%)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: a flag for every field of `Config`, and --resume."""
+    parser = argparse.ArgumentParser(
+        prog="rs_grpo.py",
+        usage="python rs_grpo.py [--resume] [--FLAG VALUE ...]",
+        description="Train a language model with Risk-Sensitive GRPO, and measure pass@k before and after.",
+        epilog="A run folder holds config.json, metrics.jsonl, eval.json, passk.png, checkpoint.pt and model/.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.error = lambda message: parser.exit(2, f"rs_grpo.py: {message}; see --help\n")
+    for f in fields(Config):
+        default = f" (default: {f.default})" if f.default != "" else ""
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f.metadata["help"] + default)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings stored there")
+    given = vars(parser.parse_args(arguments))
+    resume = given.pop("resume", False)
+    try:
+        config = Config(**given)
+        if resume:
+            folder = config.run_folder
+            config = Config(**{**stored_settings(folder), **given, "out": str(folder)})
+        results = train(config, resume)
+    except BadInput as error:
+        parser.exit(2, f"rs_grpo.py: {error}\n")
+    except FloatingPointError as error:
+        parser.exit(1, f"rs_grpo.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped; go on with: python rs_grpo.py --resume --out {config.run_folder}\n")
+    print(table(results))
+    print(f"everything is in {config.run_folder}/; the trained model in {config.run_folder / 'model'}/")
+
+
+if __name__ == "__main__":
+    main()
