@@ -344,24 +344,25 @@ def countdown_problem(numbers: Iterable[int], target: int) -> Problem:
     return Problem(f"{','.join(map(str, numbers))}={target}:", numbers, target)
 
 
-def countdown_problems(count: int, held_out: bool, seed: int = 0) -> list[Problem]:
-    """`count` different problems, each with at least one solution, from the training side or the held-out one.
+def countdown_problems(count: int, held_out: bool) -> list[Problem]:
+    """The first `count` different problems of the training side or of the held-out one, each with a solution.
 
     Four numbers from 1 to 13 and the value of a random expression tree over them, kept if it is a whole number from
     1 to 99. Raises BadInput if there are not that many.
     """
-    rng = random.Random(f"countdown {'held out' if held_out else 'training'} {seed}")
+    most = 5_000 if held_out else 50_000  # below what exists, so that the search ends
+    if count > most:
+        raise BadInput(f"{count} Countdown problems were asked for, but there are {most} to {'evaluate' if held_out else 'train'} on; ask for fewer")
+    rng = random.Random(f"countdown, held out: {held_out}")
     problems: dict[str, Problem] = {}
-    for _ in range(100 * count + 10_000):
-        if len(problems) == count:
-            return list(problems.values())
+    while len(problems) < count:
         numbers = [rng.randint(1, 13) for _ in range(4)]
         value = random_expression(numbers, rng)[1]
         if value is not None and value.denominator == 1 and 1 <= value <= 99:
             problem = countdown_problem(numbers, int(value))
             if is_held_out(problem.prompt) == held_out:
                 problems[problem.prompt] = problem
-    raise BadInput(f"{count} different Countdown problems were asked for, but only {len(problems)} were found; ask for fewer")
+    return list(problems.values())
 
 
 def countdown_reward(completion: str, numbers: Sequence[int], target: int) -> float:

@@ -1,0 +1,138 @@
+"""Time a training step side by side with TRL's GRPOTrainer: same model, prompts, N, lengths, temperature, no KL.
+
+    pip install -r experiments/requirements.txt
+    python experiments/speed.py                       # some two minutes on two CPU cores
+
+The two alternate, round by round, so that a noisy machine slows both. Ours is timed as it is, and once more with every
+group computed (TRL computes those without a signal too, although their gradient is zero). TRL generates with
+transformers, as it does by default. The last lines compare our arithmetic with what the machine's matrix product can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rs_grpo import ADVANTAGES, Config, Problem, countdown, countdown_reward, load_policy, read_metrics, train  # noqa: E402
+
+# Every group computed: a zero advantage becomes one that is too small to matter and too large to be skipped.
+ADVANTAGES["rs-unskipped"] = lambda rewards, config: ADVANTAGES["rs"](rewards, config) + (rewards.std(1, keepdim=True) == 0) * 1e-30
+
+
+def time_ours(advantage: str, steps: int, settings: dict) -> list[dict]:
+    """Metrics of `steps` training steps after one to warm up."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(Config(out=folder, advantage=advantage, steps=steps + 1, eval_problems=1, eval_samples=2, **settings))
+        return read_metrics(Path(folder))[1:]
+
+
+def time_trl(steps: int, config: Config, problems: list[Problem]) -> list[float]:
+    """Seconds of `steps` training steps of TRL after one to warm up."""
+    import datasets
+    import transformers
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(transformers.TrainerCallback):
+        ends: list[float] = []
+
+        def on_step_end(self, *args, **kwargs):
+            self.ends.append(time.perf_counter())
+
+    def reward(prompts, completions, numbers, target, **kwargs):
+        return [countdown_reward(text, *rest) for text, *rest in zip(completions, numbers, target)]
+
+    policy, clock = load_policy(config), Clock()
+    clock.ends = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        trainer = GRPOTrainer(
+            model=policy.model,
+            reward_funcs=reward,
+            processing_class=policy.tokenizer,
+            train_dataset=datasets.Dataset.from_list([problem._asdict() for problem in problems]),
+            callbacks=[clock],
+            args=GRPOConfig(
+                output_dir=folder,
+                max_steps=steps + 1,
+                per_device_train_batch_size=config.prompts * config.samples,
+                num_generations=config.samples,
+                max_completion_length=config.max_tokens,
+                temperature=config.temperature,
+                learning_rate=config.lr,
+                seed=config.seed,
+                beta=0.0,
+                scale_rewards="none",
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=True,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+        )
+        trainer.train()
+    return [after - before for before, after in zip(clock.ends, clock.ends[1:])]
+
+
+def matmul_rate(rows: int, width: int) -> float:
+    """Floating-point operations a second of a (rows, width) by (width, width) product in float32."""
+    a, b = torch.randn(rows, width), torch.randn(width, width)
+    a @ b
+    repeats, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        a @ b
+        repeats += 1
+    return 2 * rows * width * width * repeats / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10, help="timed steps a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads for both (default: %(default)s)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    settings = {"device": "cpu", "seed": 0}
+    config = Config(eval_problems=1, **settings)
+    problems = countdown(config).train
+
+    ours, unskipped, trl = [], [], []
+    for turn in range(args.rounds):
+        ours += time_ours("rs", args.steps, settings)
+        trl += time_trl(args.steps, config, problems)
+        unskipped += time_ours("rs-unskipped", args.steps, settings)
+        print(f"round {turn + 1} of {args.rounds} done", file=sys.stderr)
+
+    seconds = mean(m["seconds"] for m in ours)
+    sampling = mean(m["sampling_seconds"] for m in ours)
+    all_seconds, trl_seconds = mean(m["seconds"] for m in unskipped), mean(trl)
+    print(f"{config.prompts} prompts x {config.samples} samples, {args.threads} threads, {len(trl)} steps each")
+    print(f"{'TRL':>24} {trl_seconds:.3f} s a step")
+    print(f"{'rs_grpo.py':>24} {seconds:.3f} s a step: sampling {sampling:.3f}, learning {seconds - sampling:.3f}")
+    print(f"{'without skipping groups':>24} {all_seconds:.3f} s a step")
+    print(f"{'ratio':>24} {trl_seconds / seconds:.1f}, without skipping groups {trl_seconds / all_seconds:.1f}")
+
+    parameters = sum(p.numel() for p in load_policy(config).model.parameters())
+    tokens = mean(m["tokens_per_second"] * m["seconds"] for m in ours)
+    signal = mean(m["signal"] for m in ours)
+    for name, work, spent in (
+        ("sampling", 2 * parameters * tokens, sampling),
+        ("learning", 6 * parameters * tokens * signal, seconds - sampling),
+    ):
+        print(f"{name:>24} {work / 1e9:.1f} GFLOP of matrix products in {spent:.3f} s: {work / spent / 1e9:.0f} GFLOP/s")
+    for rows, width in ((2048, 2048), (512, 128)):
+        print(f"{f'({rows}, {width}) product':>24} {matmul_rate(rows, width) / 1e9:.0f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
