@@ -718,7 +718,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             write_json(folder / RESULTS, results)
         bar = tqdm(range(done + 1, config.steps + 1), "training", config.steps, initial=done, unit="step", dynamic_ncols=True)
         for step in bar:
-            if config.eval_every and (step - 1) % config.eval_every == 0 and str(step - 1) not in results["steps"]:
+            if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0 and str(step - 1) not in results["steps"]:
                 results["steps"][str(step - 1)] = evaluate(policy, task, config, interrupted)
                 write_json(folder / RESULTS, results)
             started = time.perf_counter()
@@ -805,7 +805,7 @@ def showcase(step: int, problems: Sequence[Problem], completions: Sequence[str],
     samples = rewards.shape[1]
     lines = [f"step {step}"]
     for i in rewards.std(1).argsort(descending=True, stable=True)[:3].tolist():
-        for j in (int(rewards[i].argmax()), int(rewards[i].argmin())):
+        for j in sorted({int(rewards[i].argmax()), int(rewards[i].argmin())}):
             lines.append(f"  reward {rewards[i, j]:.2f}  {problems[i].prompt} {completions[i * samples + j][:500]!r}")
     return "\n".join(lines)
 

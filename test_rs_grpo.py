@@ -52,6 +52,7 @@ from rs_grpo import (
 )
 
 ROOT = Path(__file__).resolve().parent
+ESTIMATORS = dict(ADVANTAGES)  # before a test adds its own
 
 
 def group(correct: int, samples: int = 16) -> torch.Tensor:
@@ -112,7 +113,7 @@ def test_a_group_of_equal_rewards_has_an_advantage_of_exactly_zero(beta):
 
 def test_every_row_is_a_group_of_its_own():
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
-    for name, function in ADVANTAGES.items():
+    for name, function in ESTIMATORS.items():
         together = function(rewards, Config())
         alone = torch.cat([function(row[None], Config()) for row in rewards])
         assert torch.equal(together, alone), name
@@ -220,7 +221,7 @@ def test_an_advantage_refuses_what_it_is_not_defined_for():
 
 
 def test_advantages_keep_the_dtype_and_take_integers():
-    for name, function in ADVANTAGES.items():
+    for name, function in ESTIMATORS.items():
         assert function(group(3).float(), Config()).dtype == torch.float32, name
         assert function(group(3), Config()).dtype == torch.float64, name
         assert torch.allclose(function(group(3).long(), Config()), function(group(3).float(), Config())), name
@@ -376,3 +377,486 @@ def test_pass_at_k_refuses_impossible_counts():
     for n, c, k in ((4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1)):
         with pytest.raises(ValueError):
             pass_at_k(n, c, k)
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """A folder with a random Llama of two layers and the embedded model's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "countdown-base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.15, tie_word_embeddings=False, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture()
+def policy(tiny):
+    return load_policy(Config(model=tiny, device="cpu"))
+
+
+PROMPTS = ["1,2,3,4=5:", "10,11,12,13=48:", "1,10,11,12=9:"]  # three lengths
+
+
+def draw(policy, samples=8, max_tokens=12, temperature=1.0, seed=0, prompts=PROMPTS):
+    ids, mask = encode(prompts, policy.tokenizer, policy.device)
+    generator = torch.Generator().manual_seed(seed)
+    return sample(policy.model, ids, mask, samples, max_tokens, temperature, policy.stop_ids, generator)
+
+
+def unpadded(rollouts: Rollouts):
+    """(prompt ids, completion ids) of every row, as lists without padding."""
+    samples = len(rollouts.ids) // len(rollouts.prompt_ids)
+    for i, (ids, mask) in enumerate(zip(rollouts.ids, rollouts.mask)):
+        prompt, prompt_mask = rollouts.prompt_ids[i // samples], rollouts.prompt_mask[i // samples]
+        yield prompt[prompt_mask.bool()].tolist(), ids[mask].tolist()
+
+
+def plain_logprobs(model, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
+    """log π of each completion token from one plain forward pass over the whole row: no cache, no padding, no batch."""
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
+    return torch.log_softmax(logits, -1)[range(len(completion)), completion]
+
+
+def test_a_completion_ends_with_its_first_eos_which_belongs_to_it(policy):
+    rollouts = draw(policy, samples=64)
+    eos = policy.tokenizer.eos_token_id
+    rows = [completion for _, completion in unpadded(rollouts)]
+    ended = [row for row in rows if row[-1] == eos]
+    assert all(eos not in row[:-1] for row in rows)
+    assert 10 < len(ended) < len(rows) and all(len(row) == 12 for row in rows if row[-1] != eos)
+    assert (rollouts.mask.long().diff(dim=1) <= 0).all()  # completion tokens first, then padding
+    texts = decode(policy, rollouts)
+    assert all("<eos>" not in text for text in texts)
+    assert [len(policy.tokenizer(text).input_ids) for text in texts] == [len(row) - (row[-1] == eos) for row in rows]
+
+
+def test_sampling_stops_when_every_row_has_ended(policy):
+    head = policy.model.get_output_embeddings()
+    calls = []
+    head.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    rollouts = draw(policy, samples=4, max_tokens=500)
+    assert rollouts.ids.shape[1] == rollouts.mask.sum(1).max() == len(calls) < 500
+    running = [(rollouts.mask.sum(1) > t).sum().item() for t in range(len(calls))]
+    assert calls[1:] == running[1:]  # a row that ended is computed no more
+
+
+def test_greedy_sampling_in_a_padded_batch_equals_greedy_decoding_one_by_one(policy):
+    """A temperature near 0 leaves no choice, so every row must equal the plain loop over its own prompt."""
+    prompts = [problem.prompt for problem in countdown_problems(40, held_out=True)] + PROMPTS
+    rollouts = draw(policy, samples=2, temperature=1e-6, prompts=prompts)
+    lengths = set()
+    for prompt, completion in unpadded(rollouts):
+        row = list(prompt)
+        with torch.no_grad():
+            while len(row) < len(prompt) + 12 and (len(row) == len(prompt) or row[-1] != policy.tokenizer.eos_token_id):
+                row.append(policy.model(torch.tensor([row])).logits[0, -1].argmax().item())
+        assert completion == row[len(prompt) :]
+        lengths.add(len(completion))
+    assert len(lengths) > 2  # rows retired at different times
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_are_distributed_as_the_models_softmax_at_the_temperature(policy, temperature):
+    rollouts = draw(policy, samples=8000, max_tokens=2, temperature=temperature)
+    for i, prompt in enumerate(PROMPTS):
+        ids = policy.tokenizer(prompt).input_ids
+        rows = rollouts.ids[i * 8000 : (i + 1) * 8000]
+        with torch.no_grad():
+            first = torch.softmax(policy.model(torch.tensor([ids])).logits[0, -1] / temperature, -1)
+            favourite = first.argmax().item()
+            logits = policy.model(torch.tensor([ids + [favourite]])).logits[0, -1]
+        second = torch.softmax(logits / temperature, -1)
+        for drawn, probs in ((rows[:, 0], first), (rows[rows[:, 0] == favourite, 1], second)):
+            share = torch.bincount(drawn, minlength=len(probs)) / len(drawn)
+            error = (probs * (1 - probs) / len(drawn)).sqrt()
+            assert ((share - probs).abs() < 5 * error + 1e-9).all()
+
+
+def test_the_reported_entropy_is_the_mean_over_the_sampled_tokens(policy):
+    rollouts = draw(policy, temperature=0.8)
+    entropies = []
+    with torch.no_grad():
+        for prompt, completion in unpadded(rollouts):
+            logits = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.8
+            entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    assert rollouts.entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_equal_those_of_one_plain_forward_pass(policy, temperature):
+    rollouts = draw(policy, temperature=temperature)
+    with torch.no_grad():
+        ours = completion_logprobs(policy.model, rollouts, temperature)
+        for row, mask, (prompt, completion) in zip(ours, rollouts.mask, unpadded(rollouts)):
+            assert torch.allclose(row[mask], plain_logprobs(policy.model, prompt, completion, temperature), atol=1e-4)
+            assert not row[~mask].any()
+
+
+def gradient(model) -> torch.Tensor:
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return flat
+
+
+def mixed_rewards(rollouts: Rollouts) -> torch.Tensor:
+    """Rewards (3, N): one group mixed, one all wrong, one mixed."""
+    samples = len(rollouts.ids) // 3
+    rewards = (torch.rand(3, samples, generator=torch.Generator().manual_seed(5)) < 0.4).float()
+    rewards[1] = 0
+    return rewards
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 300, 10**9])
+def test_the_gradient_equals_that_of_a_plain_unshared_unskipped_loss_however_the_batch_is_cut(policy, micro_tokens):
+    rollouts = draw(policy)
+    advantages = risk_sensitive_advantage(mixed_rewards(rollouts), 2.0)
+    loss = policy_gradient(policy.model, rollouts, advantages, 1.0, micro_tokens)
+    ours = gradient(policy.model)
+
+    rows = list(unpadded(rollouts))
+    tokens = sum(len(completion) for _, completion in rows)  # of all groups, those without a signal included
+    plain = sum(
+        -a * plain_logprobs(policy.model, prompt, completion, 1.0).sum() / tokens
+        for a, (prompt, completion) in zip(advantages.flatten(), rows)
+    )
+    plain.backward()
+    reference = gradient(policy.model)
+    assert loss == pytest.approx(plain.item(), abs=1e-6)
+    assert (ours - reference).norm() < 1e-5 * reference.norm()
+
+
+def test_groups_without_a_signal_are_never_computed(policy, monkeypatch):
+    rollouts = draw(policy)
+    computed = []
+    original = rs_grpo.completion_logprobs
+    monkeypatch.setattr(
+        rs_grpo, "completion_logprobs", lambda m, part, t: computed.append(part.prompt_ids.shape[0]) or original(m, part, t)
+    )
+    advantages = risk_sensitive_advantage(mixed_rewards(rollouts), 2.0)
+    policy_gradient(policy.model, rollouts, advantages, 1.0, 10**9)
+    assert computed == [2]
+    policy_gradient(policy.model, rollouts, torch.zeros_like(advantages), 1.0, 10**9)
+    assert computed == [2]
+
+
+def test_each_prompt_is_computed_once_for_its_group(policy, monkeypatch):
+    tokens = []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append((args or (kwargs["input_ids"],))[0].shape), with_kwargs=True
+    )
+    rollouts = draw(policy, samples=8)
+    longest = rollouts.ids.shape[1]
+    assert tokens[0] == (3, 15) and all(shape[1] == 1 for shape in tokens[1:])
+    tokens.clear()
+    policy_gradient(policy.model, rollouts, torch.ones(3, 8), 1.0, 10**9)
+    assert tokens == [(3, 15), (24, longest - 1)]
+
+
+def test_one_step_makes_the_rewarded_completion_likelier_and_the_others_less(policy):
+    rollouts = draw(policy, samples=6, prompts=PROMPTS[:1])
+    rewards = torch.zeros(1, 6)
+    rewards[0, 2] = 1
+    advantages = risk_sensitive_advantage(rewards, 2.0)
+    before = completion_logprobs(policy.model, rollouts, 1.0).sum(1).detach()
+    policy_gradient(policy.model, rollouts, advantages, 1.0, 4096)
+    torch.optim.SGD(policy.model.parameters(), lr=0.1).step()
+    change = completion_logprobs(policy.model, rollouts, 1.0).sum(1).detach() - before
+    assert change[2] > 0 and change[2] == change.max() and (advantages[0] * change).sum() > 0
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def small(tiny, folder, **changes) -> Config:
+    settings = dict(
+        model=tiny, out=str(folder), prompts=4, samples=4, steps=6, train_problems=10, max_tokens=6, lr=1e-2,
+        eval_problems=3, eval_samples=4, save_every=2, device="cpu", advantage="graded",
+    )  # fmt: skip
+    return Config(**{**settings, **changes})
+
+
+def graded(rewards: torch.Tensor, config: Config) -> torch.Tensor:
+    """An estimator of one's own: a random model solves nothing, and this gives it something to learn all the same."""
+    return torch.linspace(-1, 1, rewards.shape[1]).expand_as(rewards)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_estimator():
+    ADVANTAGES["graded"] = graded
+    yield
+    del ADVANTAGES["graded"]
+
+
+def trajectory(folder) -> list[dict]:
+    return [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(Path(folder))]
+
+
+def weights(folder) -> dict:
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["model"]
+
+
+def same(folder, other) -> bool:
+    ours, theirs = weights(folder), weights(other)
+    results = [json.loads((Path(f) / "eval.json").read_text()) for f in (folder, other)]
+    return (
+        trajectory(folder) == trajectory(other)
+        and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        and results[0] == results[1]
+    )
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(small(tiny, folder, eval_every=3))
+    return folder
+
+
+def test_a_run_leaves_a_folder_that_holds_everything(uninterrupted):
+    assert {p.name for p in uninterrupted.iterdir()} == {
+        "config.json", "metrics.jsonl", "eval.json", "model", "checkpoint.pt", "passk.png"
+    }  # fmt: skip
+    results = json.loads((uninterrupted / "eval.json").read_text())
+    assert set(results) == {"base", "trained", "steps"} and set(results["steps"]) == {"3"}
+    for result in (results["base"], results["trained"], results["steps"]["3"]):
+        assert result["n"] == 4 and len(result["correct"]) == 3 and list(result["pass_at_k"]) == ["1", "2", "4"]
+    assert [line["step"] for line in trajectory(uninterrupted)] == [1, 2, 3, 4, 5, 6]
+    expected = {"step", "reward", "solved", "signal", "entropy", "length", "grad_norm", "solve_rate"}
+    assert expected <= set(trajectory(uninterrupted)[0])
+    assert {"seconds", "tokens_per_second"} <= set(read_metrics(uninterrupted)[0])
+
+
+def test_the_trained_folder_loads_in_plain_transformers_and_differs_from_the_base(uninterrupted, tiny):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(uninterrupted / "model")
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "model")
+    out = model.generate(**tokenizer("4,7,9,12=48:", return_tensors="pt"), max_new_tokens=5, do_sample=True)
+    assert tokenizer.decode(out[0]).startswith("4,7,9,12=48:")
+    base = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
+    assert all(torch.equal(weights(uninterrupted)[k], v) for k, v in model.state_dict().items())
+    assert any(not torch.equal(base[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("moment", ["evaluate 1", "judge 1", "judge 2", "judge 4", "save_checkpoint 2", "evaluate 2", "evaluate 3"])
+def test_a_run_that_was_broken_off_anywhere_resumes_to_the_same_numbers(uninterrupted, tiny, tmp_path, monkeypatch, moment):
+    """Broken off in the base's evaluation, before the first checkpoint, between two, between metrics and checkpoint,
+    in an evaluation on the way, in the last one."""
+    name, count = moment.split()
+    calls, original = [], getattr(rs_grpo, name)
+
+    def breaking(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == int(count):
+            raise RuntimeError("killed")
+        return original(*args, **kwargs)
+
+    config = small(tiny, tmp_path / "run", eval_every=3)
+    monkeypatch.setattr(rs_grpo, name, breaking)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config)
+    monkeypatch.setattr(rs_grpo, name, original)
+    train(config, resume=True)
+    assert same(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_killed_with_sigkill_at_any_moment_resumes_to_the_same_numbers(tiny, tmp_path):
+    command = [
+        sys.executable, "rs_grpo.py", "--model", str(ROOT / "countdown-base"), "--prompts", "4", "--samples", "4", "--steps", "40",
+        "--eval-problems", "2", "--eval-samples", "4", "--save-every", "3", "--device", "cpu",
+    ]  # fmt: skip
+    subprocess.run([*command, "--out", tmp_path / "whole"], cwd=ROOT, check=True, capture_output=True)
+    run, rng, kills = tmp_path / "run", random.Random(0), 0
+    extra: list[str] = []
+    for lines in (1, 11, 26):  # kill as soon as that many steps are done, and a moment later
+        process = subprocess.Popen([*command, "--out", run, *extra], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(read_metrics(run)) < lines:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+        extra = ["--resume"]
+    subprocess.run([*command, "--out", run, "--resume"], cwd=ROOT, check=True, capture_output=True)
+    assert kills >= 2
+    assert same(run, tmp_path / "whole")
+
+
+def test_resuming_with_more_steps_equals_a_longer_run(uninterrupted, tiny, tmp_path):
+    train(small(tiny, tmp_path / "run", eval_every=3, steps=4))
+    assert len(trajectory(tmp_path / "run")) == 4
+    train(small(tiny, tmp_path / "run", eval_every=3, steps=6), resume=True)
+    assert same(tmp_path / "run", uninterrupted)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, tiny, tmp_path, monkeypatch, capsys):
+    original = rs_grpo.judge
+
+    def pressing(*args):
+        pressed.append(os.kill(os.getpid(), signal.SIGINT))
+        return original(*args)
+
+    pressed: list = []
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(rs_grpo, "judge", pressing)
+    config = small(tiny, tmp_path / "run", eval_every=3)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v != ""]
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    assert stopped.value.code == 130 and f"--resume --out {tmp_path / 'run'}" in capsys.readouterr().err
+    assert len(pressed) == len(trajectory(tmp_path / "run")) == 1 and signal.getsignal(signal.SIGINT) is handler
+    monkeypatch.setattr(rs_grpo, "judge", original)
+    main(["--resume", "--out", str(tmp_path / "run")])
+    assert same(tmp_path / "run", uninterrupted)
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tiny, tmp_path, monkeypatch):
+    original, bad_steps, step = rs_grpo.policy_gradient, {2, 3, 5}, []
+
+    def failing(model, *args):
+        step.append(1)
+        loss = original(model, *args)
+        if len(step) in bad_steps:
+            next(model.parameters()).grad[0] = math.inf
+        return loss
+
+    monkeypatch.setattr(rs_grpo, "policy_gradient", failing)
+    train(small(tiny, tmp_path / "run"))
+    assert [line["failed_updates"] for line in trajectory(tmp_path / "run")] == [0, 1, 2, 2, 3, 3]
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
+    step.clear()
+    bad_steps |= {2, 3, 4}
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        train(small(tiny, tmp_path / "other"))
+    assert len(step) == 4
+
+
+def test_training_problems_come_once_an_epoch_in_an_order_set_by_the_seed():
+    taken = [i for step in range(1, 11) for i in batch_indices(step, 7, 35, seed=0)]
+    assert sorted(taken[:35]) == sorted(taken[35:]) == list(range(35)) and taken[:35] != taken[35:]
+    assert taken[:7] != batch_indices(1, 7, 35, seed=1)
+    assert len(batch_indices(1, 50, 35, seed=0)) == 50
+
+
+def test_the_solve_rate_counts_every_training_problem_solved_so_far(tmp_path):
+    train(Config(out=str(tmp_path / "run"), steps=6, prompts=4, train_problems=8, samples=4, eval_problems=1, eval_samples=2))
+    lines = trajectory(tmp_path / "run")
+    assert lines[0]["solve_rate"] == lines[0]["solved"] * 4 / 8
+    assert all(a["solve_rate"] <= b["solve_rate"] for a, b in zip(lines, lines[1:])) and lines[-1]["solve_rate"] > 0
+
+
+def test_zero_steps_only_evaluate_the_embedded_model(tmp_path):
+    results = train(Config(out=str(tmp_path / "run"), steps=0, eval_problems=32, eval_samples=32))
+    assert results["trained"] == results["base"] and not (tmp_path / "run" / "model").exists()
+    base = results["base"]
+    for k, percent in base["pass_at_k"].items():
+        expected = sum(pass_at_k(32, c, int(k)) for c in base["correct"]) / 32
+        assert percent == pytest.approx(100 * expected)
+    assert 8 < base["pass_at_k"]["1"] < 30 < base["pass_at_k"]["32"] < 75  # peaked, and far from hopeless
+    assert all((d == 0) == (c == 0) and d <= c for c, d in zip(base["correct"], base["distinct"]))
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def complaint(capsys, *flags) -> str:
+    """Run the command line, expect exit status 2 and one sentence; returns it."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(flag) for flag in flags])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and printed.err.count("\n") == 1 and "Traceback" not in printed.err, printed.err
+    return printed.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--samples 1", "--samples 0", "--prompts 0", "--prompts -3", "--steps -1", "--max-tokens 0", "--eval-samples 0",
+        "--eval-problems 0", "--train-problems 0", "--train-problems 10000000", "--save-every 0", "--eval-every -1",
+        "--beta nan", "--beta inf", "--beta x", "--lr nan", "--lr inf", "--lr 0", "--lr -1e-4", "--temperature 0",
+        "--temperature -1", "--temperature nan", "--advantage best", "--task chess", "--steps 1.5", "--seed -1",
+        "--device tpu9", "--model ./nowhere", "--advantage chen --k 17", "--advantage pkpo_loo --k 1", "--no-such-flag 1",
+        "--resume",
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_sentence_and_exit_status_2(capsys, tmp_path, flags):
+    complaint(capsys, "--out", tmp_path / "run", *flags.split())
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_a_folder_that_is_no_model_is_refused(capsys, tmp_path, tiny):
+    (tmp_path / "empty").mkdir()
+    complaint(capsys, "--model", tmp_path / "empty", "--out", tmp_path / "run")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in Path(tiny).iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[:100])
+    complaint(capsys, "--model", broken, "--out", tmp_path / "run")
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    complaint(capsys, "--out", tmp_path / "file")
+    complaint(capsys, "--out", tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_existing_run_is_never_overwritten(capsys, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    message = complaint(capsys, "--out", uninterrupted)
+    assert "--resume" in message and "--out" in message
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", ["--beta 3", "--steps 5", "--lr 1e-5", "--seed 1", "--samples 8", "--model other"])
+def test_resuming_with_contradictory_settings_is_refused(capsys, uninterrupted, flags):
+    message = complaint(capsys, "--resume", "--out", uninterrupted, *flags.split())
+    assert flags.split()[0] in message
+
+
+def test_a_damaged_checkpoint_or_configuration_is_refused(capsys, tiny, tmp_path):
+    folder = tmp_path / "run"
+    train(small(tiny, folder, steps=2))
+    whole = (folder / "checkpoint.pt").read_bytes()
+    for damage in (b"", whole[: len(whole) // 2], b"x" * 1000):
+        (folder / "checkpoint.pt").write_bytes(damage)
+        capsys.readouterr()
+        assert "damaged" in complaint(capsys, "--resume", "--out", folder)
+    settings = (folder / "config.json").read_text()
+    for damage in ("", "{", "[]", settings.replace('"steps"', '"stops"'), settings.replace('"samples": 4', '"samples": "4"')):
+        (folder / "config.json").write_text(damage)
+        complaint(capsys, "--resume", "--out", folder)
+
+
+def test_importing_is_cheap():
+    code = "import sys; from rs_grpo import risk_sensitive_advantage; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(f"--{name.replace('_', '-')} " in text for name in vars(Config()))
+
+
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_every_advantage_trains_from_the_command_line(name, tmp_path, capsys):
+    main(
+        f"--advantage {name} --k 4 --steps 2 --prompts 4 --eval-problems 2 --eval-samples 2 --out {tmp_path / 'run'}".split()
+    )
+    assert len(trajectory(tmp_path / "run")) == 2 and "pass@2" in capsys.readouterr().out
