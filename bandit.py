@@ -12,28 +12,19 @@ Legend: K arms, B values of β, S seeds, R = B·S runs side by side, N pulls in 
 `logits` θ and the policy π = softmax(θ); `rewards` r; `arms` the arms pulled; a* the best arm; P random policies.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure  # without pyplot it needs no display
 from torch import Tensor
 from tqdm import tqdm
 
 from rs_grpo import chen_advantage, risk_sensitive_advantage
 
 ESCAPED = 0.8  # an expected reward half way from the local optimum, 0.6, to the global one, 1.0
-BLUE, ORANGE = "#0072b2", "#d55e00"
-
-
-# --- The bandit (Figure 3) ---
 
 
 def landscape() -> tuple[Tensor, Tensor]:
@@ -49,9 +40,8 @@ def update(logits: Tensor, rewards: Tensor, beta: float | Tensor, uniforms: Tens
 
     For a softmax, ∇ log π(a) = onehot(a) − π. The advantages of a group sum to zero, so π drops out of the sum and
     each pull moves the logit of its own arm only.
-
-    logits: (R, K), changed. rewards: (K,). beta: a number, or (R, 1). uniforms: (R, N) in [0, 1), one for each pull.
-    Returns the expected reward of each run before the update, (R,).
+    logits: (R, K). rewards: (K,). beta: a number, or (R, 1). uniforms: (R, N) in [0, 1), one for each pull.
+    Returns the expected reward of each run before the step, (R,).
     """
     probs = logits.softmax(1)  # (R, K)
     cumulative = probs.cumsum(1)  # (R, K)
@@ -61,7 +51,7 @@ def update(logits: Tensor, rewards: Tensor, beta: float | Tensor, uniforms: Tens
     return probs @ rewards
 
 
-def run(betas: Sequence[float], seeds: int, steps: int, lr: float, batch: int, seed: int = 0) -> Tensor:
+def run(betas: list[float], seeds: int, steps: int, lr: float, batch: int, seed: int = 0) -> Tensor:
     """Expected reward after 0, 1, … T updates, for every β and every seed at once: (T+1, B, S).
 
     Each seed has its own stream of random numbers, and every β sees the same ones. So two values of β differ by β
@@ -69,7 +59,7 @@ def run(betas: Sequence[float], seeds: int, steps: int, lr: float, batch: int, s
     """
     rewards, start = landscape()
     streams = [torch.Generator().manual_seed(seed + s) for s in range(seeds)]
-    uniforms = torch.stack([torch.rand(steps, batch, generator=g, dtype=torch.float64) for g in streams], 1)  # (T, S, N)
+    uniforms = torch.stack([torch.rand(steps, batch, generator=g, dtype=torch.float64) for g in streams], 1)  # (T,S,N)
     beta = torch.tensor(betas, dtype=torch.float64).repeat_interleave(seeds)[:, None]  # (R, 1)
     logits = start.repeat(len(beta), 1)  # (R, K)
     curve = torch.empty(steps + 1, len(beta), dtype=torch.float64)  # (T+1, R)
@@ -85,52 +75,43 @@ def updates_until_escape(curve: Tensor) -> Tensor:
     return torch.where(reached.any(0), reached.int().argmax(0).double(), math.inf)
 
 
-def show_bandit(args: argparse.Namespace) -> Figure:
-    """Run every β and seed; a table and a picture of what they learned."""
-    began = time.perf_counter()
+def show_bandit(args: argparse.Namespace) -> plt.Figure:
+    """Figure 3: every β and seed learns; a table and a picture of how far and how fast."""
     curve = run(args.betas, args.seeds, args.steps, args.lr, args.batch, args.seed)  # (T+1, B, S)
-    seconds, pulls = time.perf_counter() - began, args.steps * args.batch  # of each run
-
-    figure = Figure((15, 6))
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6))
     rewards, start = landscape()
     left.plot(rewards, color="black")
-    left.set(title="What the arms pay, and where the policy starts", xlabel="arm", ylabel="reward", ylim=(0, 1.12))
-    left.text(40, 1.03, "global optimum", ha="center")
-    left.text(75, 0.63, "local optimum", ha="center")
+    left.set(title="What the arms pay, and where the policy starts", ylabel="reward", ylim=(0, 1.12))
+    left.set_xticks([40, 75], ["arm 40,\nglobal optimum", "arm 75,\nlocal optimum"])
     policy = left.twinx()
-    policy.fill_between(range(100), start.softmax(0), color=ORANGE, alpha=0.4, linewidth=0)
-    policy.set_ylim(0, 0.112)
-    policy.set_ylabel("initial probability", color=ORANGE)
-    policy.tick_params(axis="y", colors=ORANGE)
+    policy.fill_between(range(100), start.softmax(0), color="C1", alpha=0.4, linewidth=0)
+    policy.set(ylabel="initial probability (shaded)", ylim=(0, 0.112))
 
     print(f"{'β':>6}   reward at the end   seeds escaped   updates until {ESCAPED}: median (range)")
     shown = torch.linspace(0, args.steps, min(args.steps, 1000) + 1).long()  # about one point for each pixel
-    for beta, colour, line in zip(args.betas, palette(args.betas), curve.unbind(1)):  # line: (T+1, S)
+    pulls = shown * args.batch / 1000  # in thousands
+    colours = plt.cm.plasma(torch.linspace(0, 0.9, len(args.betas)))  # from dark to light
+    label = {"weight": "bold", "ha": "center", "va": "center", "clip_on": True, "bbox": {"color": "white", "pad": 1}}
+    for beta, colour, line in zip(args.betas, colours, curve.unbind(1)):  # line: (T+1, S)
         updates = updates_until_escape(line)  # (S,)
-        escaped, middle = int(updates.isfinite().sum()), median(updates.tolist())
-        when = f"{middle:,.0f} ({updates.min():,.0f} to {updates.max():,.0f})" if escaped else "never"
+        middle, escaped = median(updates.tolist()), f"{updates.isfinite().sum()}/{args.seeds}"
+        when = f"{middle:,.0f} ({updates.min():,.0f} to {updates.max():,.0f})" if updates.min() < math.inf else "never"
         end = f"{line[-1].mean():.3f} ± {line[-1].std(correction=0):.3f}"
-        print(f"{beta:>6g}   {end:>17}   {f'{escaped}/{args.seeds}':>13}   {when}")
-        x, line = shown * args.batch, line[shown]
-        right.fill_between(x, line.amin(1), line.amax(1), color=colour, alpha=0.25, linewidth=0)
-        right.plot(x, line.quantile(0.5, dim=1), color=colour, label=f"β = {beta:g}")
+        print(f"{beta:>6g}   {end:>17}   {escaped:>13}   {when}")
+        line = line[shown]
+        right.fill_between(pulls, line.amin(1), line.amax(1), color=colour, alpha=0.25, linewidth=0)
+        right.plot(pulls, line.quantile(0.5, dim=1), color=colour, label=f"β = {beta:g}")
         if middle < math.inf:
-            style = {"color": colour, "weight": "bold", "ha": "center", "va": "center", "clip_on": True}
-            right.text(middle * args.batch, ESCAPED, f"{beta:g}", bbox={"color": "white", "pad": 1}, **style)
-    print(f"{curve[1:].numel() * args.batch:,} pulls in {seconds:.1f} s")
-    right.hlines([0.6, 1.0], 0, pulls, color="grey", linestyle=":", linewidth=1.5, zorder=0)
+            right.text(middle * args.batch / 1000, ESCAPED, f"{beta:g}", color=colour, **label)
     right.set_xscale("log", base=2)  # the distance between two doublings of β shows whether the time doubles too
-    right.xaxis.set_major_formatter("{x:,.0f}")
-    right.set(title=f"Learning: median and range, {args.seeds} seeds", xlabel="pulls", ylabel="expected reward")
-    right.set(xlim=(pulls / 64, pulls), ylim=(0, 1.12))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.set(title=f"Learning: median and range, {args.seeds} seeds", xlabel="thousand pulls")
+    right.set(ylabel="expected reward", xlim=(pulls[-1] / 64, pulls[-1]), ylim=(0, 1.12))
     right.legend(loc="lower left", ncols=2)
     return figure
 
 
-# --- The lemmas: the exact change of π(a*) in one small update ---
-
-# The worked example, π = (.01, .80, .19) on r = (1, .6, 0), has settled for the second-best arm. As a group and rewards:
+# The worked example, π = (.01, .80, .19) on r = (1, .6, 0), settled for the second-best arm. As a group and rewards:
 EXAMPLE = torch.tensor([[0] * 1 + [1] * 80 + [2] * 19]), torch.tensor([[1.0, 0.6, 0.0]], dtype=torch.float64)
 
 
@@ -140,10 +121,9 @@ def one_step_change(arms: Tensor, rewards: Tensor, beta: float | Tensor) -> Tens
     Nothing is sampled: the group holds every arm in exact proportion to its probability, so that its mean is the
     expectation of Theorem 1. EXAMPLE: −4.8e-4 at β = 0, −4.8e-5 at 4, +3.6e-4 at 8, +9.0e-4 at 16, +5.2e-4 at 32.
     As β → ∞, β δπ(a*)/α → π(a*) [(1−π(a*))² + Σ_{j≠a*} π_j²], which is positive (Lemma 3) and fixed (Lemma 4).
-
     arms: (P, N), the groups. rewards: (P, K). beta: a number, or (P, 1). Returns (P,).
     """
-    probs = torch.nn.functional.one_hot(arms, rewards.shape[1]).double().mean(1)  # (P, K), each arm's share of its group
+    probs = torch.nn.functional.one_hot(arms, rewards.shape[1]).double().mean(1)  # (P, K), shares of the group
     advantages = risk_sensitive_advantage(rewards.gather(1, arms), beta)  # (P, N)
     best = rewards.argmax(1, keepdim=True)  # (P, 1)
     return (probs.gather(1, best) * advantages * ((arms == best).double() - probs.gather(1, arms))).mean(1)
@@ -152,57 +132,106 @@ def one_step_change(arms: Tensor, rewards: Tensor, beta: float | Tensor) -> Tens
 def random_bandits(number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """10 arms: groups (P, 200) of policies from nearly even to nearly settled, and rewards (P, 10) in [0, 1)."""
     rng = torch.Generator().manual_seed(seed)
-    sharpness = 3 * torch.rand(number, 1, generator=rng)
-    probs = (sharpness * torch.randn(number, 10, generator=rng)).softmax(1)
+    probs = (3 * torch.rand(number, 1, generator=rng) * torch.randn(number, 10, generator=rng)).softmax(1)
     drawn = probs.multinomial(190, replacement=True, generator=rng)
     arms = torch.cat([torch.arange(10).repeat(number, 1), drawn], 1)  # each arm at least once, so that none has π = 0
     return arms, torch.rand(number, 10, dtype=torch.float64, generator=rng)
 
 
-def show_lemmas(args: argparse.Namespace) -> Figure:
-    """δπ(a*)/α over β, for the worked example and for 1,000 random policies."""
+def show_lemmas(args: argparse.Namespace) -> plt.Figure:
+    """Lemmas 2 to 4: δπ(a*)/α over β, for the worked example and for 1,000 random policies."""
     policies = random_bandits(1_000, args.seed)
     print(f"{'β':>6}   worked example: δπ(a*)/α   times β   random policies that raise π(a*)")
     for beta in args.betas:
         change, raised = one_step_change(*EXAMPLE, beta).item(), (one_step_change(*policies, beta) > 0).sum().item()
-        print(f"{beta:>6g}   {change:>24.1e}   {beta * change:>7.4f}   {raised:>32,}")
+        print(f"{beta:>6g}   {change:>24.1e}   {beta * change if beta else 0:>7.4f}   {raised:>32,}")
     grid = torch.logspace(0, 6, 151, dtype=torch.float64)  # (G,), β from 1 to 1,000,000
     raised = torch.stack([one_step_change(*policies, beta) for beta in grid]) > 0  # (G, P)
     print(f"some β from 1 to 1,000,000 raises π(a*) for {raised.any(0).sum():,} of the 1,000 random policies")
 
-    figure = Figure((15, 6))
-    one, many = figure.subplots(1, 2)
-    one.plot(grid, 1e4 * one_step_change(*EXAMPLE, grid[:, None]), color=BLUE, label="risk-sensitive")
+    figure, (one, many) = plt.subplots(1, 2, figsize=(15, 6))
+    one.plot(grid, 1e4 * one_step_change(*EXAMPLE, grid[:, None]), color="C0", label="risk-sensitive")
     one.plot(grid, 1e4 * 0.01 * (0.99**2 + 0.80**2 + 0.19**2) / grid, "k:", label="limit, as 1/β")
-    one.axhline(1e4 * one_step_change(*EXAMPLE, 0).item(), color=ORANGE, linestyle="--", label="standard, β = 0")
+    one.axhline(1e4 * one_step_change(*EXAMPLE, 0).item(), color="C1", linestyle="--", label="standard, β = 0")
     one.axhline(0, color="grey", linewidth=1)
     one.set(title="One policy, settled on the second-best arm", ylabel="10⁴ × change of π(a*)", ylim=(-6, 11))
-    standard = (one_step_change(*policies, 0) > 0).double().mean()
-    many.plot(grid, 100 * raised.double().mean(1), color=BLUE, label="risk-sensitive")
-    many.axhline(100 * standard, color=ORANGE, linestyle="--", label="standard, β = 0")
+    one.legend()
+    many.plot(grid, 100 * raised.double().mean(1), color="C0")
+    many.axhline(100 * (one_step_change(*policies, 0) > 0).double().mean(), color="C1", linestyle="--")
     many.set(title="1,000 random policies", ylabel="percent that raise π(a*)", ylim=(75, 101))
     for panel in (one, many):
         panel.set(xlabel="β", xscale="log", xlim=(1, 10_000))
         panel.xaxis.set_major_formatter("{x:,.0f}")
-        panel.legend(loc="center right")
     return figure
 
 
-# --- The advantages (Figure 2) ---
-
-
-def show_advantages(args: argparse.Namespace) -> Figure:
-    """The advantage over continuous rewards and over a prompt's accuracy p, beside that of a pass@k estimator.
+def show_advantages(args: argparse.Namespace) -> plt.Figure:
+    """Figure 2: the advantage over continuous rewards and over a prompt's accuracy p, beside that of a pass@k estimator.
 
     The risk-sensitive advantage depends on p alone, so large groups give smooth curves. Pass@4 depends on N too: with
     fewer than 4 wrong samples of 16, any 4 of them hold a correct one, so no sample makes a difference.
     """
-    figure = Figure((12, 9))
-    continuous, correct, wrong, whole = figure.subplots(2, 2).flatten()
+    figure, ((continuous, correct), (wrong, whole)) = plt.subplots(2, 2, figsize=(12, 9))
     evenly = torch.linspace(0, 1, 101, dtype=torch.float64)
-    many, sixteen = (torch.ones(n - 1, n, dtype=torch.float64).tril() for n in (1600, 16))  # 1, 2, … N−1 correct, first
-    curves = [("pass@4", sixteen, chen_advantage(sixteen, k=4), dict(color="black", linestyle="--", marker="s"))]
-    for beta, colour in zip(args.betas, palette(args.betas)):
+    many, sixteen = (torch.ones(n - 1, n, dtype=torch.float64).tril() for n in (1600, 16))  # 1 to N−1 correct, first
+    colours = plt.cm.plasma(torch.linspace(0, 0.9, len(args.betas)))  # from dark to light
+    curves = [("pass@4", sixteen, chen_advantage(sixteen, k=4), {"color": "black", "linewidth": 1, "marker": "s"})]
+    for beta, colour in zip(args.betas, colours):
         continuous.plot(evenly, risk_sensitive_advantage(evenly[None], beta)[0], color=colour)
-        curves.append((f"β = {beta:g}", many, risk_sensitive_advantage(many, beta), dict(color=colour)))
-        TODO
+        curves.append((f"β = {beta:g}", many, risk_sensitive_advantage(many, beta), {"color": colour}))
+        whole.axvline(1 / (1 + math.exp(beta / 2)), color=colour, linestyle=":", linewidth=1.5)
+    print(f"{'':>8}   mean |Â| peaks at p   mean |Â| at p = 15/16")
+    for label, groups, advantages, style in curves:
+        p, total = groups.mean(1), advantages.abs().mean(1)
+        print(f"{label:>8}   {p[total.argmax()]:>19.3f}   {total[p == 15 / 16].item():>21.3f}")
+        for panel, curve in zip((correct, wrong, whole), (advantages[:, 0], advantages[:, -1], total)):
+            panel.plot(p, curve, label=label, **style)
+            panel.set(xlabel="accuracy of the prompt, p", ylabel="advantage Â")
+    continuous.set(title="Rewards spread evenly from 0 to 1", xlabel="reward of the sample", ylabel="advantage Â")
+    correct.set(title="A correct sample", ylim=(0, 4))
+    correct.legend()
+    wrong.set(title="A wrong sample", ylim=(-1, 0.05))
+    whole.set(title="The whole group, dotted: 1/(1+exp(β/2))", ylabel="mean |Â|", ylim=(-0.02, 0.55))
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread, and wait for it if a core is busy
+    plt.switch_backend("agg")  # needs no display
+    plt.rcParams.update({"font.size": 15, "lines.linewidth": 3, "figure.constrained_layout.use": True})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"bandit.py: {message}\n")  # one sentence, no usage
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--lemmas", action="store_true", help="show Lemmas 2 to 4 instead of the bandit")
+    mode.add_argument("--advantages", action="store_true", help="show Figure 2 instead of the bandit")
+    parser.add_argument("--betas", type=float, nargs="+", help="values of β (0 2 4 8, and but for Figure 2 16 32 64)")
+    parser.add_argument("--steps", type=int, default=25_000, help="updates of the bandit")
+    parser.add_argument("--seeds", type=int, default=10, help="runs of the bandit for each β")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of the bandit")
+    parser.add_argument("--batch", type=int, default=16, help="pulls of the bandit in each update")
+    parser.add_argument("--seed", type=int, default=0, help="first of the random seeds")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for the picture")
+    args = parser.parse_args(argv)
+    args.betas = args.betas or ([0, 2, 4, 8] if args.advantages else [0, 2, 4, 8, 16, 32, 64])
+    for holds, rule in [
+        (all(abs(beta) <= 1000 for beta in args.betas), "--betas must be numbers from -1000 to 1000"),  # nan fails
+        (min(args.steps, args.seeds) >= 1, "--steps and --seeds must be at least 1"),
+        (args.batch >= 2, "--batch must be at least 2, as one pull alone has no advantage"),
+        (args.steps * args.seeds * args.batch <= 10**8, "--steps x --seeds x --batch must be at most 100 million"),
+        (0 < args.lr <= 1000, "--lr must be above 0 and at most 1000"),
+        (0 <= args.seed < 2**32, "--seed must be at least 0 and less than 2**32"),
+    ]:
+        if not holds:
+            parser.error(rule)
+    name = "lemmas" if args.lemmas else "advantages" if args.advantages else "bandit"
+    show = {"lemmas": show_lemmas, "advantages": show_advantages, "bandit": show_bandit}[name]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        show(args).savefig(args.out / f"{name}.png")
+    except OSError as error:
+        parser.error(f"can't write: {error}")
+    print(f"drew {args.out / name}.png")
+
+
+if __name__ == "__main__":
+    main()

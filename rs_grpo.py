@@ -97,7 +97,7 @@ class Config:
     eval_samples: int = option(256, "completions for each of them, so the largest k of pass@k")
     eval_every: int = option(0, "also evaluate every so many steps; 0 is only before and after")
     save_every: int = option(50, "steps between checkpoints: the most that a kill can cost")
-    micro_tokens: int = option(4096, "tokens in one forward and backward pass: memory, never the gradient")
+    micro_tokens: int = option(2048, "tokens in one forward and backward pass: sets memory and speed, not the gradient")
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), or a torch device such as cpu or cuda:1")
 
     def __post_init__(self):
@@ -299,7 +299,7 @@ ADVANTAGES: dict[str, Callable[[Tensor, Config], Tensor]] = {
 # ---------------------------------------------------------------------------
 
 
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}  # on integers and fractions: exact
 MAX_EXPRESSION = 100  # characters of a Countdown answer; a longer one is wrong
 
 
@@ -316,12 +316,12 @@ def is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 10 == 0
 
 
-def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, Fraction | None]:
+def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, int | Fraction | None]:
     """A random binary tree over `numbers` and + - * /: its text with the fewest brackets, and its exact value.
 
     The value is None where the tree divides by zero.
     """
-    trees = [(str(n), Fraction(n), 3) for n in numbers]  # (text, value, how tightly its outermost operator binds)
+    trees = [(str(n), n, 3) for n in numbers]  # (text, value, how tightly its outermost operator binds)
     while len(trees) > 1:
         left, left_value, left_binds = trees.pop(rng.randrange(len(trees)))
         right, right_value, right_binds = trees.pop(rng.randrange(len(trees)))
@@ -387,12 +387,12 @@ def countdown_reward(completion: str, numbers: Sequence[int], target: int) -> fl
     return float(not tokens and value == target)
 
 
-def _parse(tokens: list[str], level: int = 0) -> Fraction:
+def _parse(tokens: list[str], level: int = 0) -> int | Fraction:
     """Value of the sum (level 0), product (1) or atom (2) in front of reversed `tokens`, which it removes."""
     if level == 2:
         token = tokens.pop()
         if token != "(":
-            return Fraction(int(token))
+            return int(token)
         value = _parse(tokens)
         if tokens.pop() != ")":
             raise ValueError("unbalanced brackets")
@@ -536,10 +536,10 @@ def sample(
         ids[rows, t] = token
         lengths[rows] = t + 1
         entropy += torch.special.entr(probs).sum()
-        going = ~torch.isin(token, stop_ids)
-        if t + 1 == max_tokens or not going.any():
+        going = (~torch.isin(token, stop_ids)).nonzero().squeeze(1)
+        if t + 1 == max_tokens or len(going) == 0:
             break
-        if not going.all():
+        if len(going) < len(rows):
             rows, token, mask = rows[going], token[going], mask[going]
             cache.batch_select_indices(going)
         positions = mask.sum(1, keepdim=True)  # (B', 1): the tokens before this one
@@ -583,7 +583,7 @@ def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> T
     if ids.shape[1] > 1:
         cache.batch_repeat_interleave(samples)
         prompt_mask = rollouts.prompt_mask.repeat_interleave(samples, 0)  # (B, L)
-        attended = torch.cat([prompt_mask, mask[:, :-1].long()], 1)  # (B, L+T−1)
+        attended = torch.nn.functional.pad(prompt_mask, (0, ids.shape[1] - 1), value=1)  # (B, L+T−1)
         positions = prompt_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=ids.device)  # (B, T−1)
         out = model.base_model(ids[:, :-1], attention_mask=attended, position_ids=positions, past_key_values=cache)
         hidden = torch.cat([hidden, out.last_hidden_state], 1)  # (B, T, D)
