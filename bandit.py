@@ -89,8 +89,8 @@ def show_bandit(args: argparse.Namespace) -> plt.Figure:
 
     print(f"{'β':>6}   reward at the end   seeds escaped   updates until {ESCAPED}: median (range)")
     shown = torch.linspace(0, args.steps, min(args.steps, 1000) + 1).long()  # about one point for each pixel
-    pulls = shown * args.batch / 1000  # in thousands
-    colours = plt.cm.plasma(torch.linspace(0, 0.9, len(args.betas)))  # from dark to light
+    pulls = shown.numpy() * args.batch / 1000  # in thousands
+    colours = plt.cm.plasma(torch.linspace(0, 0.9, len(args.betas)).tolist())  # from dark to light
     label = {"weight": "bold", "ha": "center", "va": "center", "clip_on": True, "bbox": {"color": "white", "pad": 1}}
     for beta, colour, line in zip(args.betas, colours, curve.unbind(1)):  # line: (T+1, S)
         updates = updates_until_escape(line)  # (S,)
@@ -98,9 +98,9 @@ def show_bandit(args: argparse.Namespace) -> plt.Figure:
         when = f"{middle:,.0f} ({updates.min():,.0f} to {updates.max():,.0f})" if updates.min() < math.inf else "never"
         end = f"{line[-1].mean():.3f} ± {line[-1].std(correction=0):.3f}"
         print(f"{beta:>6g}   {end:>17}   {escaped:>13}   {when}")
-        line = line[shown]
-        right.fill_between(pulls, line.amin(1), line.amax(1), color=colour, alpha=0.25, linewidth=0)
-        right.plot(pulls, line.quantile(0.5, dim=1), color=colour, label=f"β = {beta:g}")
+        band = line[shown]
+        right.fill_between(pulls, band.amin(1), band.amax(1), color=colour, alpha=0.25, linewidth=0)
+        right.plot(pulls, band.quantile(0.5, dim=1), color=colour, label=f"β = {beta:g}")
         if middle < math.inf:
             right.text(middle * args.batch / 1000, ESCAPED, f"{beta:g}", color=colour, **label)
     right.set_xscale("log", base=2)  # the distance between two doublings of β shows whether the time doubles too
@@ -145,7 +145,7 @@ def show_lemmas(args: argparse.Namespace) -> plt.Figure:
     for beta in args.betas:
         change, raised = one_step_change(*EXAMPLE, beta).item(), (one_step_change(*policies, beta) > 0).sum().item()
         print(f"{beta:>6g}   {change:>24.1e}   {beta * change if beta else 0:>7.4f}   {raised:>32,}")
-    grid = torch.logspace(0, 6, 151, dtype=torch.float64)  # (G,), β from 1 to 1,000,000
+    grid = torch.logspace(0, 6, 121, dtype=torch.float64)  # (G,), β from 1 to 1,000,000
     raised = torch.stack([one_step_change(*policies, beta) for beta in grid]) > 0  # (G, P)
     print(f"some β from 1 to 1,000,000 raises π(a*) for {raised.any(0).sum():,} of the 1,000 random policies")
 
@@ -166,7 +166,7 @@ def show_lemmas(args: argparse.Namespace) -> plt.Figure:
 
 
 def show_advantages(args: argparse.Namespace) -> plt.Figure:
-    """Figure 2: the advantage over continuous rewards and over a prompt's accuracy p, beside that of a pass@k estimator.
+    """Figure 2: the advantage over continuous rewards, and over a prompt's accuracy p beside a pass@k estimator's.
 
     The risk-sensitive advantage depends on p alone, so large groups give smooth curves. Pass@4 depends on N too: with
     fewer than 4 wrong samples of 16, any 4 of them hold a correct one, so no sample makes a difference.
@@ -174,7 +174,7 @@ def show_advantages(args: argparse.Namespace) -> plt.Figure:
     figure, ((continuous, correct), (wrong, whole)) = plt.subplots(2, 2, figsize=(12, 9))
     evenly = torch.linspace(0, 1, 101, dtype=torch.float64)
     many, sixteen = (torch.ones(n - 1, n, dtype=torch.float64).tril() for n in (1600, 16))  # 1 to N−1 correct, first
-    colours = plt.cm.plasma(torch.linspace(0, 0.9, len(args.betas)))  # from dark to light
+    colours = plt.cm.plasma(torch.linspace(0, 0.9, len(args.betas)).tolist())  # from dark to light
     curves = [("pass@4", sixteen, chen_advantage(sixteen, k=4), {"color": "black", "linewidth": 1, "marker": "s"})]
     for beta, colour in zip(args.betas, colours):
         continuous.plot(evenly, risk_sensitive_advantage(evenly[None], beta)[0], color=colour)
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--lemmas", action="store_true", help="show Lemmas 2 to 4 instead of the bandit")
     mode.add_argument("--advantages", action="store_true", help="show Figure 2 instead of the bandit")
-    parser.add_argument("--betas", type=float, nargs="+", help="values of β (0 2 4 8, and but for Figure 2 16 32 64)")
+    parser.add_argument("--betas", type=float, nargs="+", help="values of β (0 2 4 8, beyond Figure 2 also 16 32 64)")
     parser.add_argument("--steps", type=int, default=25_000, help="updates of the bandit")
     parser.add_argument("--seeds", type=int, default=10, help="runs of the bandit for each β")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of the bandit")
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.betas = args.betas or ([0, 2, 4, 8] if args.advantages else [0, 2, 4, 8, 16, 32, 64])
     for holds, rule in [
-        (all(abs(beta) <= 1000 for beta in args.betas), "--betas must be numbers from -1000 to 1000"),  # nan fails
+        (all(abs(beta) <= 1000 for beta in args.betas), "--betas must be from -1000 to 1000"),  # nan fails
         (min(args.steps, args.seeds) >= 1, "--steps and --seeds must be at least 1"),
         (args.batch >= 2, "--batch must be at least 2, as one pull alone has no advantage"),
         (args.steps * args.seeds * args.batch <= 10**8, "--steps x --seeds x --batch must be at most 100 million"),

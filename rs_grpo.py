@@ -44,7 +44,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 EMBEDDED = "countdown-base"  # the model that lies beside this file
@@ -54,6 +56,7 @@ SETTINGS, METRICS, RESULTS, CHECKPOINT = "config.json", "metrics.jsonl", "eval.j
 WARMUP_STEPS = 10  # the learning rate rises linearly over these
 MAX_GRAD_NORM = 1.0
 MAX_FAILURES = 3  # updates in a row that were not finite before a run gives up
+MAX_LOGITS = 2**25  # logits in memory at once while learning: 128 MiB
 EVALUATION_SEED = 1_000_003  # added to --seed, so that evaluation and training draw different numbers
 EVALUATION_ROWS = 1024  # completions sampled at once in an evaluation
 PROGRESS = (
@@ -574,76 +577,123 @@ def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> T
 
     As in sampling, each prompt is run once, through the cache, and the gradient of all its samples flows back into it.
     Logits are computed for completion tokens alone: the prompt's last hidden state predicts the first of them, and the
-    hidden state of token t predicts token t + 1.
+    hidden state of token t predicts token t + 1. With gradient checkpointing there is no cache (its layers drop it), so
+    each row is then run whole.
     """
     ids, mask = rollouts.ids, rollouts.mask
     samples = len(ids) // len(rollouts.prompt_ids)
-    first, cache = prefill(model, rollouts.prompt_ids, rollouts.prompt_mask)  # (P, D)
-    hidden = first.repeat_interleave(samples, 0)[:, None]  # (B, 1, D)
-    if ids.shape[1] > 1:
-        cache.batch_repeat_interleave(samples)
-        prompt_mask = rollouts.prompt_mask.repeat_interleave(samples, 0)  # (B, L)
-        attended = torch.nn.functional.pad(prompt_mask, (0, ids.shape[1] - 1), value=1)  # (B, L+T−1)
-        positions = prompt_mask.sum(1, keepdim=True) + torch.arange(ids.shape[1] - 1, device=ids.device)  # (B, T−1)
-        out = model.base_model(ids[:, :-1], attention_mask=attended, position_ids=positions, past_key_values=cache)
-        hidden = torch.cat([hidden, out.last_hidden_state], 1)  # (B, T, D)
+    prompt_mask = rollouts.prompt_mask.repeat_interleave(samples, 0)  # (B, L)
+    attended = F.pad(prompt_mask, (0, ids.shape[1] - 1), value=1)  # (B, L+T−1); padding on the right is never looked back at
+    positions = (attended.cumsum(1) - 1).clamp(min=0)  # (B, L+T−1): padding on the left doesn't count
+    length = prompt_mask.shape[1]
+    if model.is_gradient_checkpointing:
+        rows = torch.cat([rollouts.prompt_ids.repeat_interleave(samples, 0), ids[:, :-1]], 1)  # (B, L+T−1)
+        out = model.base_model(rows, attention_mask=attended, position_ids=positions, use_cache=False)
+        hidden = out.last_hidden_state[:, length - 1 :]  # (B, T, D)
+    else:
+        first, cache = prefill(model, rollouts.prompt_ids, rollouts.prompt_mask)  # (P, D)
+        hidden = first.repeat_interleave(samples, 0)[:, None]  # (B, 1, D)
+        if ids.shape[1] > 1:
+            cache.batch_repeat_interleave(samples)
+            positions = positions[:, length:]
+            out = model.base_model(ids[:, :-1], attention_mask=attended, position_ids=positions, past_key_values=cache)
+            hidden = torch.cat([hidden, out.last_hidden_state], 1)  # (B, T, D)
     assert hidden.shape[:2] == ids.shape  # hidden[:, t] is what the model knew when it drew ids[:, t]
-    logits = model.get_output_embeddings()(hidden[mask]).float() / temperature  # (tokens, V)
-    logprobs = -torch.nn.functional.cross_entropy(logits, ids[mask], reduction="none")  # (tokens,)
+    logprobs = token_logprobs(model.get_output_embeddings(), hidden[mask], ids[mask], temperature)  # (tokens,)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logprobs)
 
 
-def policy_gradient(model: Any, rollouts: Rollouts, advantages: Tensor, temperature: float, micro_tokens: int) -> float:
+def token_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """log softmax(head(hidden) / temperature) at `ids`: (M, D) and (M,) to (M,).
+
+    With a vocabulary of 150,000, logits are by far the largest tensor. So they are computed for a few tokens at a time,
+    and again in the backward pass instead of being kept.
+    """
+
+    def part(hidden: Tensor, ids: Tensor) -> Tensor:
+        return -F.cross_entropy(head(hidden).float() / temperature, ids, reduction="none")
+
+    rows = max(1, MAX_LOGITS // head.weight.shape[0])
+    if len(ids) <= rows:
+        return part(hidden, ids)
+    parts = zip(hidden.split(rows), ids.split(rows))
+    return torch.cat([checkpoint(part, h, i, use_reentrant=False) for h, i in parts])
+
+
+def policy_gradient(
+    model: Any,
+    rollouts: Rollouts,
+    advantages: Tensor,
+    temperature: float,
+    micro_tokens: int,
+    old_logprobs: Tensor | None = None,
+    clip: tuple[float, float] = (0.2, 0.28),
+) -> float:
     """Add the gradient of the loss to the parameters' `.grad`, and return the loss.
 
         loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)          advantages: (P, N)
 
     Its value says nothing about progress: only its gradient means something, the policy gradient with Â. The policy
     that sampled is the policy that learns, with one update a batch, so PPO's ratio π/π_old is exactly 1, its clip
-    never binds, and the gradient of ratio·Â is that of Â·log π: neither is written here.
+    never binds, and the gradient of ratio·Â is that of Â·log π: neither is needed. Only where a batch is cut into
+    several updates are `old_logprobs` (B, T) given, and Â·log π becomes min(ratio·Â, clip(ratio)·Â), the ratio clipped
+    to 1 − clip[0] … 1 + clip[1] (PPO, arXiv 1707.06347; the wider upper bound is DAPO's, arXiv 2503.14476).
 
     Groups without a signal have a gradient of exactly zero and are never run. The divisor counts the whole batch's
     tokens, so that neither skipping nor the cut into micro-batches changes the gradient.
     """
     tokens = rollouts.mask.sum()
-    samples = advantages.shape[1]
     total = 0.0
-    for groups in micro_batches(rollouts, (advantages != 0).any(1), samples, micro_tokens):
-        rows = (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()  # (B',)
-        longest = int(rollouts.mask[rows].sum(1).max())
-        used = rollouts.prompt_mask[groups].any(0)  # columns that hold more than padding
-        part = Rollouts(
-            rollouts.prompt_ids[groups][:, used],
-            rollouts.prompt_mask[groups][:, used],
-            rollouts.ids[rows, :longest],
-            rollouts.mask[rows, :longest],
-            rollouts.entropy,
-        )
-        logprobs = completion_logprobs(model, part, temperature)  # (B', T)
-        weight = advantages[groups].reshape(-1, 1)  # (B', 1): the same on every token
+    for rows in micro_batches(rollouts, advantages, micro_tokens):
+        part = take(rollouts, rows)
+        logprobs = completion_logprobs(model, part, temperature)  # (B', T')
+        weight = advantages.to(rows.device).flatten()[rows, None]  # (B', 1): the same on every token
         assert weight.shape[0] == logprobs.shape[0]
-        loss = -(weight * logprobs).sum() / tokens
+        gain = weight * logprobs
+        if old_logprobs is not None:
+            ratio = (logprobs - old_logprobs[rows, : logprobs.shape[1]]).exp()  # 1 on padding
+            gain = torch.minimum(ratio * weight, ratio.clamp(1 - clip[0], 1 + clip[1]) * weight) * part.mask
+        loss = -gain.sum() / tokens
         loss.backward()
         total += loss.item()
     return total
 
 
-def micro_batches(rollouts: Rollouts, signal: Tensor, samples: int, micro_tokens: int) -> Iterator[Tensor]:
-    """Split the groups with a signal, (P,), into index tensors whose padded tokens stay within `micro_tokens`.
+def take(rollouts: Rollouts, rows: Tensor) -> Rollouts:
+    """The rollouts of `rows` (B',), all or equally many of each prompt, without columns that hold only padding."""
+    prompts = torch.unique_consecutive(rows * len(rollouts.prompt_ids) // len(rollouts.ids))  # (P',)
+    used = rollouts.prompt_mask[prompts].any(0)
+    longest = int(rollouts.mask[rows].sum(1).max())
+    return rollouts._replace(
+        prompt_ids=rollouts.prompt_ids[prompts][:, used],
+        prompt_mask=rollouts.prompt_mask[prompts][:, used],
+        ids=rollouts.ids[rows, :longest],
+        mask=rollouts.mask[rows, :longest],
+    )
 
-    Groups of like length go together. A group alone above the budget still goes, by itself.
+
+def micro_batches(rollouts: Rollouts, advantages: Tensor, micro_tokens: int) -> Iterator[Tensor]:
+    """Cut the rows of all groups with a signal into index tensors (B',) of at most `micro_tokens` padded tokens.
+
+    Whole groups of like length go together; only a group that is too large by itself is cut, down to single rows.
     """
-    longest = rollouts.mask.sum(1).view(-1, samples).amax(1)  # (P,)
-    order = [i for i in longest.argsort(stable=True).tolist() if signal[i]]
-    part: list[int] = []
-    for i in order:
-        row_tokens = rollouts.prompt_ids.shape[1] + samples * int(longest[i])
-        if part and (len(part) + 1) * row_tokens > micro_tokens:
-            yield torch.tensor(part, device=longest.device)
+    prompts, samples = advantages.shape
+    lengths = rollouts.mask.sum(1)  # (B,)
+    longest = lengths.view(prompts, samples).amax(1)  # (P,)
+    signal = (advantages != 0).any(1).tolist()
+    part: list[Tensor] = []
+    for i in (i for i in longest.argsort(stable=True).tolist() if signal[i]):
+        rows = torch.arange(i * samples, (i + 1) * samples, device=lengths.device)
+        row_tokens = rollouts.prompt_ids.shape[1] + int(longest[i])
+        if part and (len(part) + 1) * samples * row_tokens > micro_tokens:
+            yield torch.cat(part)
             part = []
-        part.append(i)
+        if samples * row_tokens > micro_tokens:
+            yield from rows[lengths[rows].argsort(stable=True)].split(max(1, micro_tokens // row_tokens))
+        else:
+            part.append(rows)
     if part:
-        yield torch.tensor(part, device=longest.device)
+        yield torch.cat(part)
 
 
 # ---------------------------------------------------------------------------
