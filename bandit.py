@@ -123,7 +123,8 @@ def one_step_change(arms: Tensor, rewards: Tensor, beta: float | Tensor) -> Tens
     As β → ∞, β δπ(a*)/α → π(a*) [(1−π(a*))² + Σ_{j≠a*} π_j²], which is positive (Lemma 3) and fixed (Lemma 4).
     arms: (P, N), the groups. rewards: (P, K). beta: a number, or (P, 1). Returns (P,).
     """
-    probs = torch.nn.functional.one_hot(arms, rewards.shape[1]).double().mean(1)  # (P, K), shares of the group
+    share = torch.full(arms.shape, 1 / arms.shape[1], dtype=rewards.dtype)  # (P, N), of each member of the group
+    probs = torch.zeros_like(rewards).scatter_add_(1, arms, share)  # (P, K)
     advantages = risk_sensitive_advantage(rewards.gather(1, arms), beta)  # (P, N)
     best = rewards.argmax(1, keepdim=True)  # (P, 1)
     return (probs.gather(1, best) * advantages * ((arms == best).double() - probs.gather(1, arms))).mean(1)

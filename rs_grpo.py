@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import operator
@@ -58,7 +59,7 @@ MAX_GRAD_NORM = 1.0
 MAX_FAILURES = 3  # updates in a row that were not finite before a run gives up
 MAX_LOGITS = 2**25  # logits in memory at once while learning: 128 MiB
 EVALUATION_SEED = 1_000_003  # added to --seed, so that evaluation and training draw different numbers
-EVALUATION_ROWS = 1024  # completions sampled at once in an evaluation
+SOLVED = 1.0  # a problem is solved by a completion with this reward
 PROGRESS = (
     "reward {reward:.2f} solved {solved:.2f} signal {signal:.2f} entropy {entropy:.2f} "
     "length {length:.1f} grad {grad_norm:.2f} tok/s {tokens_per_second:.0f}"
@@ -83,7 +84,9 @@ class Config:
     """The settings of one run. Raises BadInput for a value that can't work."""
 
     model: str = option(EMBEDDED, "folder or hub id of a causal language model")
-    task: str = option("countdown", "what to train on: countdown")
+    task: str = option("countdown", "countdown, countdown-text, a .jsonl file with problem and answer, or a named set (see README)")
+    eval_task: str = option("", "what to evaluate on, several separated by commas (default: a held-out tenth of --task)")
+    instruction: str = option("", "what a pretrained model is told after each problem (default: the task's own)")
     out: str = option("", "run folder to write (default: runs/<advantage>-seed<seed>, with beta where it counts)")
     seed: int = option(0, "of the order of the problems and of every sampled token")
     advantage: str = option("rs", "estimator: rs, mean, grpo, chen, mahdavi, pkpo, pkpo_loo or maxrl")
@@ -92,15 +95,22 @@ class Config:
     lr: float = option(1e-4, "AdamW's learning rate; a pretrained model wants about 1e-6")
     temperature: float = option(1.0, "of sampling and, since the loss scores what was sampled, of learning too")
     prompts: int = option(32, "prompts a step")
+    updates: int = option(1, "updates a step; more than 1 cuts the batch into as many minibatches, with the PPO clip")
+    clip_low: float = option(0.2, "with --updates above 1: the ratio is clipped at 1 - this")
+    clip_high: float = option(0.28, "with --updates above 1: and at 1 + this; wider as in DAPO, so that rare tokens can rise")
+    refills: int = option(0, "dynamic sampling: draw again up to this often to replace groups without a signal; DAPO's has 10")
     samples: int = option(16, "completions a prompt, the group over which advantages are taken; the paper has 16")
     steps: int = option(500, "training steps, one update each; 0 only evaluates")
     train_problems: int = option(10_000, "size of the training set, gone through in epochs without replacement")
     max_tokens: int = option(20, "longest completion in tokens; Countdown's longest sensible answer has 16")
     eval_problems: int = option(128, "held-out problems to evaluate on")
     eval_samples: int = option(256, "completions for each of them, so the largest k of pass@k")
+    eval_rows: int = option(1024, "completions sampled at once in an evaluation: memory")
     eval_every: int = option(0, "also evaluate every so many steps; 0 is only before and after")
     save_every: int = option(50, "steps between checkpoints: the most that a kill can cost")
-    micro_tokens: int = option(2048, "tokens in one forward and backward pass: sets memory and speed, not the gradient")
+    micro_tokens: int = option(4096, "tokens in one forward and backward pass: sets memory and speed, not the gradient")
+    checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third slower")
+    precision: str = option("auto", "of sampling and of matrix products: float32, bfloat16, or auto (bfloat16 on CUDA)")
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), or a torch device such as cpu or cuda:1")
 
     def __post_init__(self):
@@ -110,18 +120,21 @@ class Config:
 
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            expect(isinstance(value, kind) or (kind is float and number), f.name, f"of type {kind.__name__}")
-        for name in ("prompts", "train_problems", "max_tokens", "eval_problems", "eval_samples", "save_every", "micro_tokens", "k"):
+            expect(type(value) is kind or (kind is float and type(value) is int), f.name, f"of type {kind.__name__}")
+        for name in ("prompts", "updates", "eval_rows", "train_problems", "max_tokens", "eval_problems", "eval_samples", "save_every", "micro_tokens", "k"):
             expect(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("steps", "eval_every", "seed"):
+        for name in ("steps", "eval_every", "seed", "refills"):
             expect(getattr(self, name) >= 0, name, "at least 0")
+        expect(self.updates <= self.prompts, "updates", f"at most --prompts, {self.prompts}")
+        expect(0 < self.clip_low < 1, "clip_low", "between 0 and 1")
+        expect(0 < self.clip_high < math.inf, "clip_high", "a finite number above 0")
+        expect(self.precision in ("auto", "float32", "bfloat16"), "precision", "auto, float32 or bfloat16")
         expect(self.samples >= 2, "samples", "at least 2: an advantage compares the samples of a group")
         expect(math.isfinite(self.beta), "beta", "a finite number")
         expect(math.isfinite(self.lr) and self.lr > 0, "lr", "a finite number above 0")
         expect(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "a finite number above 0")
+        expect(self.task != "", "task", "the name of a task")
         expect(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}")
-        expect(self.task in TASKS, "task", f"one of {', '.join(TASKS)}")
         if self.advantage in ("chen", "mahdavi", "pkpo", "pkpo_loo"):
             expect(self.k <= self.samples, "k", f"at most --samples, {self.samples}")
             expect(self.k >= 2 or self.advantage != "pkpo_loo", "k", "at least 2 for pkpo_loo")
@@ -298,7 +311,7 @@ ADVANTAGES: dict[str, Callable[[Tensor, Config], Tensor]] = {
 
 
 # ---------------------------------------------------------------------------
-# Task and reward
+# A task with a verifiable reward: Countdown
 # ---------------------------------------------------------------------------
 
 
@@ -307,11 +320,21 @@ MAX_EXPRESSION = 100  # characters of a Countdown answer; a longer one is wrong
 
 
 class Problem(NamedTuple):
-    """One problem of a task: what the model reads, and what the reward rule needs to judge a completion."""
+    """What the model reads, and what the reward rule needs to judge a completion."""
 
     prompt: str
-    numbers: tuple[int, ...]
-    target: int
+    answer: Any  # Countdown: (numbers, target); mathematics: the answer's text
+    task: str = "countdown"
+
+
+class Task(NamedTuple):
+    """Problems to learn from, problems to be judged on, and the rule."""
+
+    train: list[Problem]
+    held_out: list[Problem]
+    rewards: Callable[[Sequence[str], Sequence[Any]], list[float]]  # completions and their answers → rewards
+    instruction: str = ""  # what a pretrained model is told after the problem; none for the compact Countdown
+    failures: Callable[[], int] = lambda: 0  # judgements given up so far: too slow, or a crash
 
 
 def is_held_out(text: str) -> bool:
@@ -344,7 +367,7 @@ def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, 
 def countdown_problem(numbers: Iterable[int], target: int) -> Problem:
     """The problem of reaching `target` with `numbers`; its prompt is `4,7,9,12=48:`, numbers sorted."""
     numbers = tuple(sorted(numbers))
-    return Problem(f"{','.join(map(str, numbers))}={target}:", numbers, target)
+    return Problem(f"{','.join(map(str, numbers))}={target}:", (numbers, target))
 
 
 def countdown_problems(count: int, held_out: bool) -> list[Problem]:
@@ -407,26 +430,6 @@ def _parse(tokens: list[str], level: int = 0) -> int | Fraction:
     return value
 
 
-class Task(NamedTuple):
-    """Problems to learn from, problems to be judged on, and the rule: reward(completion text, problem) → float."""
-
-    train: list[Problem]
-    held_out: list[Problem]
-    reward: Callable[[str, Problem], float]
-
-
-def countdown(config: Config) -> Task:
-    """The compact Countdown task of the embedded model. Its problems don't depend on the seed, only their order does."""
-    return Task(
-        countdown_problems(config.train_problems, held_out=False),
-        countdown_problems(config.eval_problems, held_out=True),
-        lambda completion, problem: countdown_reward(completion, problem.numbers, problem.target),
-    )
-
-
-TASKS: dict[str, Callable[[Config], Task]] = {"countdown": countdown}
-
-
 # ---------------------------------------------------------------------------
 # Sampling
 # ---------------------------------------------------------------------------
@@ -435,48 +438,11 @@ TASKS: dict[str, Callable[[Config], Task]] = {"countdown": countdown}
 class Policy(NamedTuple):
     """A causal language model with what is needed to sample from it."""
 
-    model: Any
+    model: Any  # what learns: float32 weights
+    sampler: Any  # what samples: the same model, or its copy in bfloat16
     tokenizer: Any
     stop_ids: Tensor  # (S,): a completion ends with any of these tokens
     device: torch.device
-
-
-def load_policy(config: Config) -> Policy:
-    """Load a model of the hub or of a folder, in float32 and evaluation mode. Raises BadInput if it can't be used."""
-    device = pick_device(config.device)
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # here, so that importing this file stays cheap
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    path = HERE / EMBEDDED if config.model == EMBEDDED else Path(config.model).expanduser()
-    if not path.exists() and (path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1):
-        raise BadInput(f"--model {config.model} doesn't exist; give a folder that holds a Hugging Face model, or a hub id")
-    name = str(path) if path.exists() else config.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()  # no dropout, ever
-    except Exception as error:  # whatever a hub, a config or a damaged file may raise: it can't be loaded
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"--model {config.model} can't be loaded as a causal language model: {reason}") from error
-    with torch.no_grad():
-        ids = torch.tensor([[0, 1]], device=device)
-        head, hidden = model.get_output_embeddings(), model.base_model(ids).last_hidden_state
-        if head is None or not torch.allclose(model(ids).logits, head(hidden), atol=1e-4):
-            raise BadInput(f"--model {config.model} changes its logits after the output layer, which isn't supported here")
-    stops = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
-    stops = {i for stop in stops if stop is not None for i in (stop if isinstance(stop, list) else [stop])}
-    return Policy(model, tokenizer, torch.tensor(sorted(stops), dtype=torch.long, device=device), device)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device called `name`; for auto CUDA if there is one, else MPS, else the CPU. Raises BadInput."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--device {name} can't be used here ({reason}); auto picks one that can") from error
 
 
 class Rollouts(NamedTuple):
@@ -489,16 +455,27 @@ class Rollouts(NamedTuple):
     entropy: float  # mean over the completion tokens of the policy's entropy, in nats
 
 
-def encode(prompts: Sequence[str], tokenizer: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of the prompts, both (P, L), padded on the left."""
-    rows = [tokenizer(prompt).input_ids for prompt in prompts]
+def encode(policy: Policy, prompts: Sequence[str], instruction: str = "") -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of the prompts, both (P, L), padded on the left.
+
+    With an `instruction`, as a chat's first message where the tokenizer has a chat template, as plain text otherwise.
+    """
+    tokenizer, chat = policy.tokenizer, bool(instruction and policy.tokenizer.chat_template)
+    if instruction:
+        prompts = [f"{prompt}\n{instruction}" for prompt in prompts]
+    if chat:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    elif instruction:
+        prompts = [f"{prompt}\n\n" for prompt in prompts]
+    rows = [tokenizer(prompt, add_special_tokens=not chat).input_ids for prompt in prompts]  # a template has its own BOS
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)  # any id will do for padding: the mask hides it
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, longest - len(row) :] = torch.tensor(row)
         mask[i, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    return ids.to(policy.device), mask.to(policy.device)
 
 
 def prefill(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
@@ -554,10 +531,12 @@ def sample(
     return Rollouts(prompt_ids, prompt_mask, ids, completion_mask, (entropy / lengths.sum()).item())
 
 
-def roll_out(policy: Policy, problems: Sequence[Problem], samples: int, config: Config, generator: Any) -> Rollouts:
+def roll_out(
+    policy: Policy, task: Task, problems: Sequence[Problem], samples: int, config: Config, generator: torch.Generator
+) -> Rollouts:
     """`sample` for a list of problems."""
-    ids, mask = encode([problem.prompt for problem in problems], policy.tokenizer, policy.device)
-    return sample(policy.model, ids, mask, samples, config.max_tokens, config.temperature, policy.stop_ids, generator)
+    ids, mask = encode(policy, [problem.prompt for problem in problems], task.instruction)
+    return sample(policy.sampler, ids, mask, samples, config.max_tokens, config.temperature, policy.stop_ids, generator)
 
 
 def decode(policy: Policy, rollouts: Rollouts) -> list[str]:
@@ -586,7 +565,7 @@ def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> T
     attended = F.pad(prompt_mask, (0, ids.shape[1] - 1), value=1)  # (B, L+T−1); padding on the right is never looked back at
     positions = (attended.cumsum(1) - 1).clamp(min=0)  # (B, L+T−1): padding on the left doesn't count
     length = prompt_mask.shape[1]
-    if model.is_gradient_checkpointing:
+    if any(layer.training for layer in model.modules()):  # see `learning`
         rows = torch.cat([rollouts.prompt_ids.repeat_interleave(samples, 0), ids[:, :-1]], 1)  # (B, L+T−1)
         out = model.base_model(rows, attention_mask=attended, position_ids=positions, use_cache=False)
         hidden = out.last_hidden_state[:, length - 1 :]  # (B, T, D)
@@ -620,43 +599,71 @@ def token_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -
     return torch.cat([checkpoint(part, h, i, use_reentrant=False) for h, i in parts])
 
 
-def policy_gradient(
-    model: Any,
-    rollouts: Rollouts,
-    advantages: Tensor,
-    temperature: float,
-    micro_tokens: int,
-    old_logprobs: Tensor | None = None,
-    clip: tuple[float, float] = (0.2, 0.28),
-) -> float:
+class Batch(NamedTuple):
+    """What one update learns from."""
+
+    rollouts: Rollouts
+    advantages: Tensor  # (P, N)
+    old_logprobs: Tensor | None = None  # (B, T), for the PPO clip; None when the policy that sampled is the one that learns
+
+
+def policy_gradient(model: Any, batches: Sequence[Batch], config: Config) -> float:
     """Add the gradient of the loss to the parameters' `.grad`, and return the loss.
 
-        loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)          advantages: (P, N)
+        loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)
 
     Its value says nothing about progress: only its gradient means something, the policy gradient with Â. The policy
     that sampled is the policy that learns, with one update a batch, so PPO's ratio π/π_old is exactly 1, its clip
-    never binds, and the gradient of ratio·Â is that of Â·log π: neither is needed. Only where a batch is cut into
-    several updates are `old_logprobs` (B, T) given, and Â·log π becomes min(ratio·Â, clip(ratio)·Â), the ratio clipped
-    to 1 − clip[0] … 1 + clip[1] (PPO, arXiv 1707.06347; the wider upper bound is DAPO's, arXiv 2503.14476).
+    never binds, and the gradient of ratio·Â is that of Â·log π: neither is needed. Only where --updates cuts a batch
+    are there old log-probabilities, and Â·log π becomes min(ratio·Â, clip(ratio)·Â) (PPO, arXiv 1707.06347; the wider
+    upper bound is DAPO's, arXiv 2503.14476).
 
-    Groups without a signal have a gradient of exactly zero and are never run. The divisor counts the whole batch's
-    tokens, so that neither skipping nor the cut into micro-batches changes the gradient.
+    Groups without a signal have a gradient of exactly zero and are never run. The divisor counts the tokens of all
+    groups, so that neither skipping nor the cut into micro-batches changes the gradient.
     """
-    tokens = rollouts.mask.sum()
+    tokens = sum(batch.rollouts.mask.sum() for batch in batches)
     total = 0.0
-    for rows in micro_batches(rollouts, advantages, micro_tokens):
-        part = take(rollouts, rows)
-        logprobs = completion_logprobs(model, part, temperature)  # (B', T')
-        weight = advantages.to(rows.device).flatten()[rows, None]  # (B', 1): the same on every token
-        assert weight.shape[0] == logprobs.shape[0]
-        gain = weight * logprobs
-        if old_logprobs is not None:
-            ratio = (logprobs - old_logprobs[rows, : logprobs.shape[1]]).exp()  # 1 on padding
-            gain = torch.minimum(ratio * weight, ratio.clamp(1 - clip[0], 1 + clip[1]) * weight) * part.mask
-        loss = -gain.sum() / tokens
-        loss.backward()
-        total += loss.item()
+    for rollouts, advantages, old_logprobs in batches:
+        for rows in micro_batches(rollouts, advantages, config.micro_tokens):
+            part = take(rollouts, rows)
+            logprobs = completion_logprobs(model, part, config.temperature)  # (B', T')
+            weight = advantages.to(rows.device).flatten()[rows, None]  # (B', 1): the same on every token
+            assert weight.shape[0] == logprobs.shape[0]
+            gain = weight * logprobs
+            if old_logprobs is not None:
+                ratio = (logprobs - old_logprobs[rows, : logprobs.shape[1]]).exp()
+                clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+                gain = torch.minimum(ratio * weight, clipped * weight) * part.mask
+            loss = -gain.sum() / tokens
+            loss.backward()
+            total += loss.item()
     return total
+
+
+def minibatches(policy: Policy, batches: Sequence[Batch], config: Config) -> Iterator[list[Batch]]:
+    """What each of the U updates of a step learns from: everything, or with --updates every U-th prompt.
+
+    The old log-probabilities are those of the policy that sampled as the learner computes them, before the first
+    update, so that rounding in the sampler doesn't pass for a change of the policy.
+    """
+    if config.updates == 1:
+        yield list(batches)
+        return
+    scored = []
+    for rollouts, advantages, _ in batches:
+        old = torch.zeros(rollouts.mask.shape, device=policy.device)  # (B, T)
+        with torch.no_grad(), learning(policy) as model:
+            for rows in micro_batches(rollouts, advantages, config.micro_tokens):
+                logprobs = completion_logprobs(model, take(rollouts, rows), config.temperature)
+                old[rows, : logprobs.shape[1]] = logprobs
+        scored.append(Batch(rollouts, advantages, old))
+    for start in range(config.updates):
+        part = []
+        for rollouts, advantages, old in scored:
+            rows = torch.arange(len(old), device=policy.device).view(advantages.shape)[start :: config.updates].flatten()
+            cut = take(rollouts, rows)
+            part.append(Batch(cut, advantages[start :: config.updates], old[rows, : cut.ids.shape[1]]))
+        yield part
 
 
 def take(rollouts: Rollouts, rows: Tensor) -> Rollouts:
@@ -717,26 +724,31 @@ def evaluate(policy: Policy, task: Task, config: Config, interrupted: Callable[[
     """Sample `eval_samples` completions of each held-out problem: counts, and unbiased pass@k in percent.
 
     The dictionary holds `n`, `correct` and `distinct` (how many of n are right, and how many different ones, a number
-    per problem), and `pass_at_k` (k as text → percent). The random numbers are the same at every call.
+    per problem), `pass_at_k` (k as text → percent), and `tasks`, the same per task where the problems are of several.
+    The random numbers are the same at every call.
     """
     n, problems = config.eval_samples, task.held_out
     generator = torch.Generator(policy.device).manual_seed(config.seed + EVALUATION_SEED)
     correct, distinct = [], []
-    at_once = max(1, EVALUATION_ROWS // n)  # problems
-    with tqdm(total=len(problems), desc="evaluating", unit="problem", leave=False, dynamic_ncols=True) as progress:
+    at_once = max(1, config.eval_rows // n)  # problems
+    with tqdm(total=len(problems), desc="evaluating", unit="problem", leave=False, dynamic_ncols=True) as bar:
         for start in range(0, len(problems), at_once):
             part = problems[start : start + at_once]
-            completions = decode(policy, roll_out(policy, part, n, config, generator))
-            for i, problem in enumerate(part):
-                right = [text for text in completions[i * n : (i + 1) * n] if task.reward(text, problem) >= 1]
-                correct.append(len(right))
-                distinct.append(len(set(right)))
-            progress.update(len(part))
+            completions = decode(policy, roll_out(policy, task, part, n, config, generator))
+            right = judge(completions, part, task.rewards) >= SOLVED  # (problems, n)
+            correct += right.sum(1).tolist()
+            distinct += [len({completions[i * n + j] for j in row.nonzero().flatten().tolist()}) for i, row in enumerate(right)]
+            bar.update(len(part))
             if interrupted():
                 raise KeyboardInterrupt
-    ks = sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
-    mean = {str(k): 100 * sum(pass_at_k(n, c, k) for c in correct) / len(correct) for k in ks}
-    return {"n": n, "correct": correct, "distinct": distinct, "pass_at_k": mean}
+
+    def mean(counts: Sequence[int]) -> dict[str, float]:
+        ks = sorted({2**i for i in range(n.bit_length())} | {n})
+        return {str(k): 100 * sum(pass_at_k(n, c, k) for c in counts) / len(counts) for k in ks}
+
+    names = sorted({problem.task for problem in problems})
+    tasks = {name: mean([c for c, problem in zip(correct, problems) if problem.task == name]) for name in names}
+    return {"n": n, "correct": correct, "distinct": distinct, "pass_at_k": mean(correct), "tasks": tasks}
 
 
 # ---------------------------------------------------------------------------
@@ -752,69 +764,83 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     Raises BadInput; FloatingPointError when updates keep failing; KeyboardInterrupt, after saving, on Ctrl-C.
     """
     folder = open_run_folder(config, resume)
-    task = TASKS[config.task](config)
+    task = load_task(config)
     policy = load_policy(config)
     write_json(folder / SETTINGS, asdict(config))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
     generator = torch.Generator(policy.device).manual_seed(config.seed)  # the only source of randomness in training
-    solved = torch.zeros(len(task.train), dtype=torch.bool)  # training problems solved at least once
-    done, failed = load_checkpoint(folder, policy, optimizer, generator, solved) if resume else (0, 0)
-    results = load_results(folder, done)
+    state = State(solved=torch.zeros(len(task.train), dtype=torch.bool))
+    if resume:
+        load_checkpoint(folder, policy, optimizer, generator, state)
+    results = load_results(folder, state.step)
     failed_in_a_row = 0
 
     with deferred_interrupt() as interrupted, open(folder / METRICS, "a") as metrics_file:
         if "base" not in results:
             results["base"] = evaluate(policy, task, config, interrupted)
             write_json(folder / RESULTS, results)
-        bar = tqdm(range(done + 1, config.steps + 1), "training", config.steps, initial=done, unit="step", dynamic_ncols=True)
+        if config.steps > state.step:
+            ids, mask = encode(policy, [task.train[0].prompt], task.instruction)
+            tqdm.write(f"a prompt as the model sees it: {policy.tokenizer.decode(ids[0])!r}")
+        steps = range(state.step + 1, config.steps + 1)
+        bar = tqdm(steps, "training", config.steps, initial=state.step, unit="step", dynamic_ncols=True)
         for step in bar:
-            if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0 and str(step - 1) not in results["steps"]:
-                results["steps"][str(step - 1)] = evaluate(policy, task, config, interrupted)
+            last = str(step - 1)
+            if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0 and last not in results["steps"]:
+                results["steps"][last] = evaluate(policy, task, config, interrupted)
                 write_json(folder / RESULTS, results)
             started = time.perf_counter()
-            # 1. Take P problems of the training set, each once an epoch.
-            indices = batch_indices(step, config.prompts, len(task.train), config.seed)
-            problems = [task.train[i] for i in indices]
-            # 2. Sample N completions of each from the policy.
-            rollouts = roll_out(policy, problems, config.samples, config, generator)
-            completions = decode(policy, rollouts)
-            sampled = time.perf_counter()
-            # 3. Judge every completion by the rule.
-            rewards = judge(completions, problems, task.reward)  # (P, N)
-            # 4. Turn rewards into advantages, group by group.
-            advantages = ADVANTAGES[config.advantage](rewards, config)  # (P, N)
-            # 5. Take one step up the policy gradient.
-            loss = policy_gradient(policy.model, rollouts, advantages, config.temperature, config.micro_tokens)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item()
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                failed_in_a_row = 0
-                optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / WARMUP_STEPS)
-                optimizer.step()
-            else:
-                failed, failed_in_a_row = failed + 1, failed_in_a_row + 1
-                if failed_in_a_row == MAX_FAILURES:
-                    raise FloatingPointError(
-                        f"loss or gradient was not finite {MAX_FAILURES} times in a row, up to step {step}; "
-                        "start again with a lower --lr"
-                    )
-            optimizer.zero_grad()
+            batches = []
+            while len(batches) <= config.refills and groups_with_signal(batches) < config.prompts:
+                # 1. Take P problems of the training set, each once an epoch.
+                indices = next_indices(state, config.prompts, config.seed)
+                problems = [task.train[i] for i in indices]
+                # 2. Sample N completions of each from the policy.
+                rollouts = roll_out(policy, task, problems, config.samples, config, generator)
+                completions = decode(policy, rollouts)
+                # 3. Judge every completion by the rule.
+                rewards = judge(completions, problems, task.rewards)  # (P, N)
+                state.solved[indices] |= rewards.amax(1) >= SOLVED
+                # 4. Turn rewards into advantages, group by group. (Too few with a signal? --refills draws again.)
+                advantages = ADVANTAGES[config.advantage](rewards, config)  # (P, N)
+                batches.append(Batch(rollouts, advantages))
+            sampling_seconds = time.perf_counter() - started
+            # 5. Take one step up the policy gradient, or with --updates a few on a part of the batch each.
+            grad_norms = []
+            for part in minibatches(policy, batches, config):
+                with learning(policy) as model:
+                    loss = policy_gradient(model, part, config)
+                grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item())
+                if math.isfinite(loss) and math.isfinite(grad_norms[-1]):
+                    failed_in_a_row = 0
+                    optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / WARMUP_STEPS)
+                    optimizer.step()
+                else:
+                    state.failed, failed_in_a_row = state.failed + 1, failed_in_a_row + 1
+                    if failed_in_a_row == MAX_FAILURES:
+                        raise FloatingPointError(
+                            f"loss or gradient was not finite {MAX_FAILURES} times in a row, up to step {step}; "
+                            "start again with a lower --lr"
+                        )
+                optimizer.zero_grad()
+            refresh_sampler(policy)
 
-            best = rewards.amax(1)  # (P,)
-            solved[indices] |= best >= 1
+            state.step = step
             seconds = time.perf_counter() - started
             metrics = {
                 "step": step,
                 "reward": rewards.mean().item(),
-                "solved": (best >= 1).float().mean().item(),
+                "solved": (rewards.amax(1) >= SOLVED).float().mean().item(),
                 "signal": (advantages != 0).any(1).float().mean().item(),
                 "entropy": rollouts.entropy,
                 "length": rollouts.mask.sum(1).float().mean().item(),
-                "grad_norm": grad_norm,
+                "grad_norm": sum(grad_norms) / len(grad_norms),
                 "advantage_size": advantages.abs().mean().item(),
-                "solve_rate": solved.float().mean().item(),
-                "failed_updates": failed,
+                "solve_rate": state.solved.float().mean().item(),
+                "failed_updates": state.failed,
+                "failed_verifications": task.failures(),
                 "seconds": seconds,
-                "sampling_seconds": sampled - started,
+                "sampling_seconds": sampling_seconds,
                 "tokens_per_second": rollouts.mask.sum().item() / seconds,
             }
             print(json.dumps(metrics), file=metrics_file, flush=True)
@@ -823,7 +849,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 tqdm.write(showcase(step, problems, completions, rewards))
             evaluated_next = config.eval_every and step % config.eval_every == 0
             if step % config.save_every == 0 or step == config.steps or evaluated_next or interrupted():
-                save_checkpoint(folder, policy, optimizer, generator, solved, step, failed)
+                save_checkpoint(folder, policy, optimizer, generator, state)
             if interrupted():
                 raise KeyboardInterrupt
 
@@ -836,18 +862,32 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     return results
 
 
-def batch_indices(step: int, prompts: int, problems: int, seed: int) -> list[int]:
-    """Which problems step `step` (from 1) takes: each once an epoch, in an order set by seed and epoch alone."""
-    places = range((step - 1) * prompts, step * prompts)
+@dataclass
+class State:
+    """What a run knows beside its weights."""
+
+    solved: Tensor  # (training problems,) bool: solved at least once
+    step: int = 0  # done so far
+    drawn: int = 0  # training problems taken so far
+    failed: int = 0  # updates that were not finite
+
+
+def next_indices(state: State, count: int, seed: int) -> list[int]:
+    """The next `count` training problems: each once an epoch, in an order set by seed and epoch alone."""
+    problems, places = len(state.solved), range(state.drawn, state.drawn + count)
+    state.drawn += count
     orders = {e: np.random.default_rng([seed, e]).permutation(problems) for e in {p // problems for p in places}}
     return [int(orders[p // problems][p % problems]) for p in places]
 
 
-def judge(completions: Sequence[str], problems: Sequence[Problem], reward: Callable[[str, Problem], float]) -> Tensor:
+def groups_with_signal(batches: Sequence[Batch]) -> int:
+    return sum(int((batch.advantages != 0).any(1).sum()) for batch in batches)
+
+
+def judge(completions: Sequence[str], problems: Sequence[Problem], rewards: Callable[..., list[float]]) -> Tensor:
     """Rewards (P, N) of P·N completions, those of one problem lying together."""
     samples = len(completions) // len(problems)
-    values = [reward(text, problems[i // samples]) for i, text in enumerate(completions)]
-    return torch.tensor(values).view(len(problems), samples)
+    return torch.tensor(rewards(completions, [p.answer for p in problems for _ in range(samples)])).view(-1, samples)
 
 
 def showcase(step: int, problems: Sequence[Problem], completions: Sequence[str], rewards: Tensor) -> str:
@@ -858,6 +898,134 @@ def showcase(step: int, problems: Sequence[Problem], completions: Sequence[str],
         for j in sorted({int(rewards[i].argmax()), int(rewards[i].argmin())}):
             lines.append(f"  reward {rewards[i, j]:.2f}  {problems[i].prompt} {completions[i * samples + j][:500]!r}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------
+# A first reader can stop here. What follows surrounds the algorithm: other tasks, models, the run folder, the command line.
+# ---------------------------------------------------------------------------
+
+
+COUNTDOWN_TEXT = "Using the numbers {numbers}, write an expression that equals {target}. Use + - * / and brackets, and each number exactly once."
+IN_ANSWER_TAGS = "Think step by step, then write the expression between <answer> and </answer>."
+IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+def load_task(config: Config) -> Task:
+    """The task that `config` names, its problems the same for every seed. Raises BadInput if it can't be had."""
+    names = [config.task, *filter(None, config.eval_task.split(","))]
+    if set(names) <= {"countdown"} or set(names) <= {"countdown-text"}:
+        train = countdown_problems(config.train_problems, held_out=False)
+        held_out = countdown_problems(config.eval_problems, held_out=True)
+        if config.task == "countdown":
+            return Task(train, held_out, lambda texts, answers: [countdown_reward(t, *a) for t, a in zip(texts, answers)])
+        train, held_out = ([countdown_in_words(problem) for problem in problems] for problems in (train, held_out))
+        return Task(train, held_out, tagged_rewards, config.instruction or IN_ANSWER_TAGS)
+    from experiments import math_tasks  # data sets of the hub or of a file, and the verifier of mathematical answers
+
+    def load(name: str, evaluating: bool) -> list[Problem]:
+        return [Problem(*pair, Path(name).stem) for pair in math_tasks.load_problems(name, evaluating).items()]
+
+    try:
+        math_tasks.idle_verifiers.append(math_tasks.start_verifier())  # what is missing shows now, not in the middle of a run
+        train = load(config.task, evaluating=False)
+        held_out = [p for name in names[1:] for p in load(name, evaluating=True)[: config.eval_problems]]
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    if not held_out:
+        held_out = [problem for problem in train if is_held_out(problem.prompt)][: config.eval_problems]
+        train = [problem for problem in train if not is_held_out(problem.prompt)]
+    asked = {problem.prompt for problem in held_out}
+    train = [problem for problem in train if problem.prompt not in asked][: config.train_problems]
+    if not train or not held_out:
+        raise BadInput(f"--task {config.task} is too small to train and to evaluate on; give a larger set, or an --eval-task")
+    return Task(train, held_out, math_tasks.math_rewards, config.instruction or IN_A_BOX, lambda: len(math_tasks.killed))
+
+
+def countdown_in_words(problem: Problem) -> Problem:
+    numbers, target = problem.answer
+    text = COUNTDOWN_TEXT.format(numbers=", ".join(map(str, numbers)), target=target)
+    return Problem(text, problem.answer, "countdown-text")
+
+
+def tagged_rewards(completions: Sequence[str], answers: Sequence[Any]) -> list[float]:
+    """`countdown_reward` of what stands between the only <answer> and </answer> of each completion."""
+    found = [re.findall(r"<answer>([^<>]{1,200})</answer>", text) if text.count("<answer>") == 1 else [] for text in completions]
+    return [countdown_reward(texts[0].strip(), *answer) if texts else 0.0 for texts, answer in zip(found, answers)]
+
+
+# ---------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------
+
+
+def load_policy(config: Config) -> Policy:
+    """Load a model of the hub or of a folder, in float32 and evaluation mode. Raises BadInput if it can't be used."""
+    device = pick_device(config.device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # here, so that importing this file stays cheap
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    path = HERE / EMBEDDED if config.model == EMBEDDED else Path(config.model).expanduser()
+    if not path.exists() and (path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1):
+        raise BadInput(f"--model {config.model} doesn't exist; give a folder that holds a Hugging Face model, or a hub id")
+    name = str(path) if path.exists() else config.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()  # no dropout, ever
+    except Exception as error:  # whatever a hub, a config or a damaged file may raise: it can't be loaded
+        raise BadInput(f"--model {config.model} can't be loaded as a causal language model: {first_line(error)}") from error
+    with torch.no_grad():
+        ids = torch.tensor([[0, 1]], device=device)
+        head, hidden = model.get_output_embeddings(), model.base_model(ids).last_hidden_state
+        if head is None or not torch.allclose(model(ids).logits, head(hidden), atol=1e-4):
+            raise BadInput(f"--model {config.model} changes its logits after the output layer, which isn't supported here")
+    stops = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    stops = {i for stop in stops if stop is not None for i in (stop if isinstance(stop, list) else [stop])}
+    # Adding an update of 1e-6 to a weight of 1e-2 is lost in bfloat16's 8 bits: a model kept in it hardly learns. So
+    # the weights that learn are float32, and sampling, bound by memory traffic, reads a bfloat16 copy made each step.
+    low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    sampler = copy.deepcopy(model).to(torch.bfloat16) if low else model
+    if config.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(model, sampler, tokenizer, torch.tensor(sorted(stops), dtype=torch.long, device=device), device)
+
+
+@torch.no_grad()
+def refresh_sampler(policy: Policy) -> None:
+    """Copy the weights that learn into those that sample, where they are not the same."""
+    if policy.sampler is not policy.model:
+        for sampling, learning in zip(policy.sampler.parameters(), policy.model.parameters()):
+            sampling.copy_(learning)
+
+
+@contextlib.contextmanager
+def learning(policy: Policy) -> Iterator[Any]:
+    """Within, the model computes as it learns: matrix products in bfloat16 if it samples so, checkpointing if asked for.
+
+    transformers checkpoints a layer that is in training mode. Only the layer's own switch is set, not that of the
+    dropout within, and it is reset for sampling, where a checkpointed layer would drop its cache.
+    """
+    layers = [layer for layer in policy.model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.training = True
+    try:
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
+            yield policy.model
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; for auto CUDA if there is one, else MPS, else the CPU. Raises BadInput."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"--device {name} can't be used here ({first_line(error)}); auto picks one that can") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------------
@@ -907,44 +1075,37 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, solved: Tensor, step: int, failed: int
-) -> None:
-    """Everything that the steps after `step` depend on, in one file."""
-    state = {
-        "step": step,
-        "failed": failed,
-        "solved": solved,
+def save_checkpoint(folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, state: State) -> None:
+    """Everything that later steps depend on, in one file."""
+    saved = {
+        "state": asdict(state),
         "generator": generator.get_state(),
         "model": policy.model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    write_atomically(folder / CHECKPOINT, lambda aside: torch.save(state, aside))
+    write_atomically(folder / CHECKPOINT, lambda aside: torch.save(saved, aside))
 
 
-def load_checkpoint(
-    folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, solved: Tensor
-) -> tuple[int, int]:
-    """Put everything back as `save_checkpoint` found it and cut the metrics there. Returns (step, failed updates).
+def load_checkpoint(folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, state: State) -> None:
+    """Put everything back as `save_checkpoint` found it, and cut the metrics there.
 
     A run that was killed before its first checkpoint starts again from step 0. Raises BadInput for a damaged file.
     """
-    path, step, failed = folder / CHECKPOINT, 0, 0
+    path = folder / CHECKPOINT
     if path.exists():
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: data, no code
-            policy.model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            generator.set_state(state["generator"])
-            solved.copy_(state["solved"])
-            step, failed = state["step"], state["failed"]
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: data, no code
+            policy.model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["generator"])
+            for name, value in saved["state"].items():
+                setattr(state, name, value)
         except Exception as error:  # zip, pickle, missing key or shape: whichever it is, the file is no checkpoint
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise BadInput(f"{path} is damaged ({reason}); delete it to start this run again from step 0") from error
-    kept = [line for line in read_metrics(folder) if line["step"] <= step]
+            raise BadInput(f"{path} is damaged ({first_line(error)}); delete it to start this run again from step 0") from error
+        refresh_sampler(policy)
+    kept = [line for line in read_metrics(folder) if line["step"] <= state.step]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     write_atomically(folder / METRICS, lambda aside: aside.write_text(text))
-    return step, failed
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -994,7 +1155,10 @@ def table(results: dict[str, Any]) -> str:
     distinct = [f"{sum(results[name]['distinct']) / len(base['distinct']):.2f}" for name in names]
     lines = [f"{len(base['correct'])} held-out problems, {base['n']} samples each, percent", f"{'':>10}" + "".join(f"{n:>10}" for n in names)]
     lines += [f"{row[0]:>10}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
-    return "\n".join(lines + [f"{'distinct':>10}" + "".join(f"{cell:>10}" for cell in distinct) + "   correct answers a problem"])
+    lines.append(f"{'distinct':>10}" + "".join(f"{cell:>10}" for cell in distinct) + "   correct answers a problem")
+    for task in base["tasks"] if len(base["tasks"]) > 1 else ():
+        lines += [task, *(f"{f'pass@{k}':>10}" + "".join(f"{results[n]['tasks'][task][k]:10.1f}" for n in names) for k in base["pass_at_k"])]
+    return "\n".join(lines)
 
 
 def draw_pass_at_k(results: dict[str, Any], path: Path) -> None:
@@ -1031,7 +1195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error = lambda message: parser.exit(2, f"rs_grpo.py: {message}; see --help\n")
     for f in fields(Config):
         default = f" (default: {f.default})" if f.default != "" else ""
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f.metadata["help"] + default)
+        kind = {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else {"type": type(f.default)}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"] + default, **kind)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings stored there")
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume", False)

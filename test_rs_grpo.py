@@ -24,9 +24,10 @@ import rs_grpo
 from rs_grpo import (
     ADVANTAGES,
     BadInput,
+    Batch,
     Config,
     Rollouts,
-    batch_indices,
+    State,
     chen_advantage,
     completion_logprobs,
     countdown_problem,
@@ -45,6 +46,7 @@ from rs_grpo import (
     pkpo_advantage,
     policy_gradient,
     random_expression,
+    next_indices,
     read_metrics,
     risk_sensitive_advantage,
     sample,
@@ -409,7 +411,7 @@ PROMPTS = ["1,2,3,4=5:", "10,11,12,13=48:", "1,10,11,12=9:"]  # three lengths
 
 
 def draw(policy, samples=8, max_tokens=12, temperature=1.0, seed=0, prompts=PROMPTS):
-    ids, mask = encode(prompts, policy.tokenizer, policy.device)
+    ids, mask = encode(policy, prompts)
     generator = torch.Generator().manual_seed(seed)
     return sample(policy.model, ids, mask, samples, max_tokens, temperature, policy.stop_ids, generator)
 
@@ -524,7 +526,7 @@ def mixed_rewards(rollouts: Rollouts) -> torch.Tensor:
 def test_the_gradient_equals_that_of_a_plain_unshared_unskipped_loss_however_the_batch_is_cut(policy, micro_tokens):
     rollouts = draw(policy)
     advantages = risk_sensitive_advantage(mixed_rewards(rollouts), 2.0)
-    loss = policy_gradient(policy.model, rollouts, advantages, 1.0, micro_tokens)
+    loss = policy_gradient(policy.model, [Batch(rollouts, advantages)], Config(micro_tokens=micro_tokens))
     ours = gradient(policy.model)
 
     rows = list(unpadded(rollouts))
@@ -547,9 +549,9 @@ def test_groups_without_a_signal_are_never_computed(policy, monkeypatch):
         rs_grpo, "completion_logprobs", lambda m, part, t: computed.append(part.prompt_ids.shape[0]) or original(m, part, t)
     )
     advantages = risk_sensitive_advantage(mixed_rewards(rollouts), 2.0)
-    policy_gradient(policy.model, rollouts, advantages, 1.0, 10**9)
+    policy_gradient(policy.model, [Batch(rollouts, advantages)], Config())
     assert computed == [2]
-    policy_gradient(policy.model, rollouts, torch.zeros_like(advantages), 1.0, 10**9)
+    policy_gradient(policy.model, [Batch(rollouts, torch.zeros_like(advantages))], Config())
     assert computed == [2]
 
 
@@ -562,7 +564,7 @@ def test_each_prompt_is_computed_once_for_its_group(policy, monkeypatch):
     longest = rollouts.ids.shape[1]
     assert tokens[0] == (3, 15) and all(shape[1] == 1 for shape in tokens[1:])
     tokens.clear()
-    policy_gradient(policy.model, rollouts, torch.ones(3, 8), 1.0, 10**9)
+    policy_gradient(policy.model, [Batch(rollouts, torch.ones(3, 8))], Config())
     assert tokens == [(3, 15), (24, longest - 1)]
 
 
@@ -572,7 +574,7 @@ def test_one_step_makes_the_rewarded_completion_likelier_and_the_others_less(pol
     rewards[0, 2] = 1
     advantages = risk_sensitive_advantage(rewards, 2.0)
     before = completion_logprobs(policy.model, rollouts, 1.0).sum(1).detach()
-    policy_gradient(policy.model, rollouts, advantages, 1.0, 4096)
+    policy_gradient(policy.model, [Batch(rollouts, advantages)], Config())
     torch.optim.SGD(policy.model.parameters(), lr=0.1).step()
     change = completion_logprobs(policy.model, rollouts, 1.0).sum(1).detach() - before
     assert change[2] > 0 and change[2] == change.max() and (advantages[0] * change).sum() > 0
@@ -652,7 +654,7 @@ def test_the_trained_folder_loads_in_plain_transformers_and_differs_from_the_bas
     assert any(not torch.equal(base[k], v) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("moment", ["evaluate 1", "judge 1", "judge 2", "judge 4", "save_checkpoint 2", "evaluate 2", "evaluate 3"])
+@pytest.mark.parametrize("moment", ["evaluate 1", "policy_gradient 1", "policy_gradient 2", "policy_gradient 4", "save_checkpoint 2", "evaluate 2", "evaluate 3"])
 def test_a_run_that_was_broken_off_anywhere_resumes_to_the_same_numbers(uninterrupted, tiny, tmp_path, monkeypatch, moment):
     """Broken off in the base's evaluation, before the first checkpoint, between two, between metrics and checkpoint,
     in an evaluation on the way, in the last one."""
@@ -704,7 +706,7 @@ def test_resuming_with_more_steps_equals_a_longer_run(uninterrupted, tiny, tmp_p
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, tiny, tmp_path, monkeypatch, capsys):
-    original = rs_grpo.judge
+    original = rs_grpo.policy_gradient
 
     def pressing(*args):
         pressed.append(os.kill(os.getpid(), signal.SIGINT))
@@ -712,14 +714,14 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, tin
 
     pressed: list = []
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(rs_grpo, "judge", pressing)
+    monkeypatch.setattr(rs_grpo, "policy_gradient", pressing)
     config = small(tiny, tmp_path / "run", eval_every=3)
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v != ""]
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if v != "" and v is not False]
     with pytest.raises(SystemExit) as stopped:
         main(flags)
     assert stopped.value.code == 130 and f"--resume --out {tmp_path / 'run'}" in capsys.readouterr().err
     assert len(pressed) == len(trajectory(tmp_path / "run")) == 1 and signal.getsignal(signal.SIGINT) is handler
-    monkeypatch.setattr(rs_grpo, "judge", original)
+    monkeypatch.setattr(rs_grpo, "policy_gradient", original)
     main(["--resume", "--out", str(tmp_path / "run")])
     assert same(tmp_path / "run", uninterrupted)
 
@@ -746,10 +748,13 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tiny, t
 
 
 def test_training_problems_come_once_an_epoch_in_an_order_set_by_the_seed():
-    taken = [i for step in range(1, 11) for i in batch_indices(step, 7, 35, seed=0)]
-    assert sorted(taken[:35]) == sorted(taken[35:]) == list(range(35)) and taken[:35] != taken[35:]
-    assert taken[:7] != batch_indices(1, 7, 35, seed=1)
-    assert len(batch_indices(1, 50, 35, seed=0)) == 50
+    def taken(count, times, seed):
+        state = State(solved=torch.zeros(35, dtype=torch.bool))
+        return [i for _ in range(times) for i in next_indices(state, count, seed)]
+
+    two_epochs = taken(7, 10, seed=0)
+    assert sorted(two_epochs[:35]) == sorted(two_epochs[35:]) == list(range(35)) and two_epochs[:35] != two_epochs[35:]
+    assert two_epochs == taken(14, 5, seed=0) == taken(70, 1, seed=0) != taken(7, 10, seed=1)
 
 
 def test_the_solve_rate_counts_every_training_problem_solved_so_far(tmp_path):

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 from transformers import HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
-from trl.rewards import accuracy_reward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rs_grpo import risk_sensitive_advantage  # noqa: E402
+from rs_grpo import math_reward, risk_sensitive_advantage  # noqa: E402
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -84,9 +83,10 @@ def regrouped_advantage(rewards: Tensor, scored: Tensor, samples: int, beta: flo
     return advantages
 
 
-def answer_reward(completions: list[list[dict]], answer: list[str], **unused: Any) -> list[float | None]:
-    """1 where math-verify finds the completion's answer equal to `answer`, else 0; None for an unreadable `answer`."""
-    return accuracy_reward(completions, answer)
+def answer_reward(completions: list[list[dict]], answer: list[Any], **unused: Any) -> list[float]:
+    """`math_reward` of each completion, a list of one chat message; of GSM8K's own answers, what follows the ####."""
+    answers = [str(a).rpartition("####")[2].strip() for a in answer]
+    return [math_reward(message["content"], a) for (message,), a in zip(completions, answers)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
