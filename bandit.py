@@ -88,7 +88,7 @@ def show_bandit(args: argparse.Namespace) -> plt.Figure:
     policy.set(ylabel="initial probability (shaded)", ylim=(0, 0.112))
 
     print(f"{'β':>6}   reward at the end   seeds escaped   updates until {ESCAPED}: median (range)")
-    shown = torch.linspace(0, args.steps, min(args.steps, 1000) + 1).long()  # about one point for each pixel
+    shown = torch.linspace(0, args.steps, min(args.steps, 1000) + 1, dtype=torch.float64).long()  # one for each pixel
     pulls = shown.numpy() * args.batch / 1000  # in thousands
     colours = plt.cm.plasma(torch.linspace(0, 0.9, len(args.betas)).tolist())  # from dark to light
     label = {"weight": "bold", "ha": "center", "va": "center", "clip_on": True, "bbox": {"color": "white", "pad": 1}}

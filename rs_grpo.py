@@ -70,9 +70,7 @@ class BadInput(ValueError):
     """What the user can mend, in one sentence: what was wrong, what was expected, what to do."""
 
 
-# ---------------------------------------------------------------------------
-# Configuration: this dataclass is the one source, the command line is made from it.
-# ---------------------------------------------------------------------------
+# --- Configuration: this dataclass is the one source, the command line is made from it. -------------------------------
 
 
 def option(default: Any, help: str) -> Any:
@@ -98,7 +96,7 @@ class Config:
     updates: int = option(1, "updates a step; more than 1 cuts the batch into as many minibatches, with the PPO clip")
     clip_low: float = option(0.2, "with --updates above 1: the ratio is clipped at 1 - this")
     clip_high: float = option(0.28, "with --updates above 1: and at 1 + this; wider as in DAPO, so that rare tokens can rise")
-    refills: int = option(0, "dynamic sampling: draw again up to this often to replace groups without a signal; DAPO's has 10")
+    dynamic_sampling: int = option(0, "draw P more prompts up to this often while fewer than P have a signal; DAPO allows 10")
     samples: int = option(16, "completions a prompt, the group over which advantages are taken; the paper has 16")
     steps: int = option(500, "training steps, one update each; 0 only evaluates")
     train_problems: int = option(10_000, "size of the training set, gone through in epochs without replacement")
@@ -121,10 +119,9 @@ class Config:
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
             expect(type(value) is kind or (kind is float and type(value) is int), f.name, f"of type {kind.__name__}")
-        for name in ("prompts", "updates", "eval_rows", "train_problems", "max_tokens", "eval_problems", "eval_samples", "save_every", "micro_tokens", "k"):
-            expect(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("steps", "eval_every", "seed", "refills"):
-            expect(getattr(self, name) >= 0, name, "at least 0")
+        for name in (f.name for f in fields(self) if type(f.default) is int):
+            least = 0 if name in ("steps", "eval_every", "seed", "dynamic_sampling") else 1
+            expect(getattr(self, name) >= least, name, f"at least {least}")
         expect(self.updates <= self.prompts, "updates", f"at most --prompts, {self.prompts}")
         expect(0 < self.clip_low < 1, "clip_low", "between 0 and 1")
         expect(0 < self.clip_high < math.inf, "clip_high", "a finite number above 0")
@@ -145,9 +142,7 @@ class Config:
         return Path(self.out or f"runs/{self.advantage}{beta}-seed{self.seed}")
 
 
-# ---------------------------------------------------------------------------
-# Advantages: the one function that changes. All map rewards (P, N) to (P, N).
-# ---------------------------------------------------------------------------
+# --- Advantages: the one function that changes. All map rewards (P, N) to (P, N). -------------------------------------
 
 
 def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
@@ -310,9 +305,7 @@ ADVANTAGES: dict[str, Callable[[Tensor, Config], Tensor]] = {
 }
 
 
-# ---------------------------------------------------------------------------
-# A task with a verifiable reward: Countdown
-# ---------------------------------------------------------------------------
+# --- A task with a verifiable reward: Countdown -----------------------------------------------------------------------
 
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}  # on integers and fractions: exact
@@ -430,9 +423,7 @@ def _parse(tokens: list[str], level: int = 0) -> int | Fraction:
     return value
 
 
-# ---------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------
+# --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
 class Policy(NamedTuple):
@@ -546,9 +537,7 @@ def decode(policy: Policy, rollouts: Rollouts) -> list[str]:
     return policy.tokenizer.batch_decode([row[:-1] if row[-1] in stop_ids else row for row in rows])
 
 
-# ---------------------------------------------------------------------------
-# Log-probabilities and the loss
-# ---------------------------------------------------------------------------
+# --- Log-probabilities and the loss -----------------------------------------------------------------------------------
 
 
 def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> Tensor:
@@ -703,9 +692,7 @@ def micro_batches(rollouts: Rollouts, advantages: Tensor, micro_tokens: int) -> 
         yield torch.cat(part)
 
 
-# ---------------------------------------------------------------------------
-# pass@k
-# ---------------------------------------------------------------------------
+# --- pass@k -----------------------------------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -751,9 +738,7 @@ def evaluate(policy: Policy, task: Task, config: Config, interrupted: Callable[[
     return {"n": n, "correct": correct, "distinct": distinct, "pass_at_k": mean(correct), "tasks": tasks}
 
 
-# ---------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
@@ -791,7 +776,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 write_json(folder / RESULTS, results)
             started = time.perf_counter()
             batches = []
-            while len(batches) <= config.refills and groups_with_signal(batches) < config.prompts:
+            while len(batches) <= config.dynamic_sampling and groups_with_signal(batches) < config.prompts:
                 # 1. Take P problems of the training set, each once an epoch.
                 indices = next_indices(state, config.prompts, config.seed)
                 problems = [task.train[i] for i in indices]
@@ -801,7 +786,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 # 3. Judge every completion by the rule.
                 rewards = judge(completions, problems, task.rewards)  # (P, N)
                 state.solved[indices] |= rewards.amax(1) >= SOLVED
-                # 4. Turn rewards into advantages, group by group. (Too few with a signal? --refills draws again.)
+                # 4. Turn rewards into advantages, group by group. (Too few have a signal? --dynamic-sampling draws again.)
                 advantages = ADVANTAGES[config.advantage](rewards, config)  # (P, N)
                 batches.append(Batch(rollouts, advantages))
             sampling_seconds = time.perf_counter() - started
@@ -900,9 +885,9 @@ def showcase(step: int, problems: Sequence[Problem], completions: Sequence[str],
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------
-# A first reader can stop here. What follows surrounds the algorithm: other tasks, models, the run folder, the command line.
-# ---------------------------------------------------------------------------
+# A first reader can stop here: the algorithm is complete. What follows surrounds it.
+
+# --- More tasks -------------------------------------------------------------------------------------------------------
 
 
 COUNTDOWN_TEXT = "Using the numbers {numbers}, write an expression that equals {target}. Use + - * / and brackets, and each number exactly once."
@@ -951,9 +936,7 @@ def tagged_rewards(completions: Sequence[str], answers: Sequence[Any]) -> list[f
     return [countdown_reward(texts[0].strip(), *answer) if texts else 0.0 for texts, answer in zip(found, answers)]
 
 
-# ---------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------
+# --- Models -----------------------------------------------------------------------------------------------------------
 
 
 def load_policy(config: Config) -> Policy:
@@ -1028,9 +1011,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------------------
-# The run folder: nothing in it is ever half written
-# ---------------------------------------------------------------------------
+# --- The run folder: nothing in it is ever half written ---------------------------------------------------------------
 
 
 def open_run_folder(config: Config, resume: bool) -> Path:
@@ -1142,9 +1123,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-# ---------------------------------------------------------------------------
-# What a person looks at
-# ---------------------------------------------------------------------------
+# --- What a person looks at -------------------------------------------------------------------------------------------
 
 
 def table(results: dict[str, Any]) -> str:

@@ -856,7 +856,7 @@ def test_help_names_every_setting(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     text = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"--{name.replace('_', '-')} " in text for name in vars(Config()))
+    assert stopped.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in vars(Config()))
 
 
 @pytest.mark.parametrize("name", list(ESTIMATORS))

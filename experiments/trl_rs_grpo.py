@@ -7,8 +7,8 @@
     accelerate launch --num_processes 8 --use_deepspeed --zero_stage 3 experiments/trl_rs_grpo.py \\
         --model Qwen/Qwen2.5-7B --data train.jsonl --use_vllm  # training state too large for one GPU: sharded
 
-The data is a .jsonl file with the columns `problem` and `answer`; every option of TRL's GRPOConfig is one here too. A
-trainer of your own needs only the class below in place of GRPOTrainer, with GRPOConfig(scale_rewards="none").
+The data is a .jsonl file with `problem` and `answer`, or a name such as gsm8k; every option of TRL's GRPOConfig is one
+here too. A trainer of your own needs only the class below, for GRPOTrainer, with GRPOConfig(scale_rewards="none").
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rs_grpo import math_reward, risk_sensitive_advantage  # noqa: E402
+from experiments.math_tasks import load_problems, math_rewards  # noqa: E402
+from rs_grpo import risk_sensitive_advantage  # noqa: E402
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -83,26 +84,29 @@ def regrouped_advantage(rewards: Tensor, scored: Tensor, samples: int, beta: flo
     return advantages
 
 
-def answer_reward(completions: list[list[dict]], answer: list[Any], **unused: Any) -> list[float]:
-    """`math_reward` of each completion, a list of one chat message; of GSM8K's own answers, what follows the ####."""
-    answers = [str(a).rpartition("####")[2].strip() for a in answer]
-    return [math_reward(message["content"], a) for (message,), a in zip(completions, answers)]
+def answer_reward(completions: list[list[dict]], answer: list[str], **unused: Any) -> list[float]:
+    """`math_reward` of each completion, which is a list of one chat message."""
+    return math_rewards([message["content"] for (message,) in completions], answer)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = HfArgumentParser(GRPOConfig, description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="hub id or folder of a model with a chat template")
-    parser.add_argument("--data", required=True, help=".jsonl file with the columns problem and answer")
+    parser.add_argument("--data", required=True, help=".jsonl file with problem and answer, or a set of math_tasks.py")
     parser.add_argument("--beta_risk", type=float, default=2.0, help="risk sensitivity; --beta is TRL's KL weight")
     # The paper's 16 samples; with 8 processes 64 prompts a step. TRL keeps float32 weights and computes in bfloat16.
     parser.set_defaults(scale_rewards="none", num_generations=16, max_completion_length=2048, max_steps=200)
     parser.set_defaults(per_device_train_batch_size=8, gradient_accumulation_steps=16, lr_scheduler_type="constant")
     config, args = parser.parse_args_into_dataclasses(arguments)
-
-    data = datasets.load_dataset("json", data_files=args.data, split="train")
-    if not {"problem", "answer"} <= set(data.column_names):
-        parser.error(f"--data must have the columns problem and answer, but has {', '.join(data.column_names)}")
-    data = data.map(lambda row: {"prompt": [{"role": "user", "content": f"{row['problem']}\n{INSTRUCTION}"}]})
+    try:
+        problems = load_problems(args.data, evaluating=False)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}], "answer": answer}
+        for problem, answer in problems.items()
+    ]
+    data = datasets.Dataset.from_list(rows)
     trainer = RSGRPOTrainer(args.model, answer_reward, config, train_dataset=data, beta_risk=args.beta_risk)
     trainer.train()
     trainer.save_model()
