@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import json
 import math
@@ -12,15 +13,23 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
+from collections import deque
 from decimal import Decimal, getcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import bandit
 import rs_grpo
+from experiments import math_tasks
+from experiments.math_tasks import equivalent, last_box, math_reward, math_rewards, plain_number
 from rs_grpo import (
     ADVANTAGES,
     BadInput,
@@ -865,3 +874,698 @@ def test_every_advantage_trains_from_the_command_line(name, tmp_path, capsys):
         f"--advantage {name} --k 4 --steps 2 --prompts 4 --eval-problems 2 --eval-samples 2 --out {tmp_path / 'run'}".split()
     )
     assert len(trajectory(tmp_path / "run")) == 2 and "pass@2" in capsys.readouterr().out
+
+
+# --- mathematical reward ------------------------------------------------------------------------------------------
+
+
+def boxed(text: str) -> str:
+    return rf"So the answer is \boxed{{{text}}}."
+
+
+@pytest.fixture
+def verifiers(monkeypatch):
+    """Every verifier process that the test starts, none of them left from another one, and none left behind."""
+    pytest.importorskip("math_verify")
+    started, start = [], math_tasks.start_verifier
+    monkeypatch.setattr(math_tasks, "start_verifier", lambda: started.append(start()) or started[-1])
+    monkeypatch.setattr(math_tasks, "idle_verifiers", [])
+    monkeypatch.setattr(math_tasks, "killed", [])
+    equivalent.cache_clear()
+    yield started
+    for process in started:
+        process.communicate(timeout=10)
+
+
+# (answer of the data set, content of the box)
+EQUIVALENT = [
+    (r"\frac{1}{2}", r"\frac12"),
+    (r"\frac{1}{2}", "0.5"),
+    ("0.5", r"\dfrac{1}{2}"),
+    (r"\frac{3}{4}", "3/4"),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}"),
+    (r"3\sqrt{2}", r"\sqrt{18}"),
+    (r"\frac{\pi}{2}", r"\pi/2"),
+    ("(1,2]", r"\left( 1, 2 \right]"),
+    (r"(-\infty,2)\cup(3,\infty)", r"(3,\infty)\cup(-\infty,2)"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    ("1,2", r"2, 1"),
+    ("(3,4)", r"(3,\,4)"),
+    ("x^2-1", "(x-1)(x+1)"),
+    ("5", "x=5"),
+    ("5", r"5\text{ cm}"),
+    ("90", r"90^\circ"),
+    ("10", r"10\%"),
+    (r"50\%", "0.5"),
+    ("50%", "50"),
+    ("50%", "0.5"),
+    ("x<2", r"(-\infty,2)"),
+    ("18", r"\$18.00"),
+    ("1234", "1{,}234"),
+    (r"\text{Evelyn}", "Evelyn"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ("6", r"\boxed{6}"),
+]
+DIFFERENT = [
+    (r"\frac{1}{2}", r"\frac13"),
+    (r"\frac{1}{3}", "0.33"),
+    (r"\sqrt{2}", "1.41"),
+    ("(1,2]", "[1,2]"),
+    (r"\{1,2\}", r"\{1,2,3\}"),
+    ("(3,4)", "(4,3)"),
+    ("x^2-1", "x^2+1"),
+    ("5", r"\pm 5"),
+    ("5", "5, 6"),
+    ("5", r"5 \text{ or } 6"),
+    ("50%", "5"),
+    ("even", r"\text{odd}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
+]
+
+
+def test_a_box_earns_its_reward_in_every_equivalent_form_and_in_no_other(verifiers):
+    assert [(a, b) for a, b in EQUIVALENT if math_reward(boxed(b), a) != 1] == []
+    assert [(a, b) for a, b in DIFFERENT if math_reward(boxed(b), a) != 0] == []
+    assert math_tasks.killed == [] and len(verifiers) == 1  # the same process judged them all
+
+
+@pytest.mark.parametrize(
+    "completion, box",
+    [
+        (r"\boxed{1} or \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}} and 3 more words}", r"\frac{1}{2}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{ 7 }", "7"),
+        (r"\boxed{}", ""),
+        (r"\boxed{7", ""),
+        (r"\boxed{1} then \boxed{\frac{1}{2}", ""),
+        (r"\boxed{7\}", ""),
+        (r"\boxed{" + "1" * 300 + "}", "1" * 300),
+        (r"\boxed{" + "1" * 301 + "}", ""),
+        (r"\boxed{" + "{" * 19 + "1" + "}" * 19 + "}", "{" * 19 + "1" + "}" * 19),
+        (r"\boxed{" + "{" * 20 + "1" + "}" * 20 + "}", ""),
+        ("boxed{7}", None),
+        ("", None),
+    ],
+)
+def test_the_last_box_is_read_with_its_braces_matched_and_counts_for_nothing_when_it_is_unclosed_long_or_deep(completion, box):
+    assert last_box(completion) == box
+
+
+# (completion, whether it is right), for the answer 1234
+GSM8K = {
+    "1234": 1,
+    "The answer is 1,234.": 1,
+    "The answer is $1,234.00.": 1,
+    "#### 1234": 1,
+    "**1234**": 1,
+    "1 + 1233 = 1234 apples": 1,
+    "1234%": 1,
+    "It is 1234, not 1": 0,
+    "-1234": 0,
+    "1234.5": 0,
+    "12345": 0,
+    "1,2345": 0,
+    "1,234,": 1,
+    "1,234,5": 0,
+    r"\boxed{1234}, which is 2 less": 1,
+    r"\boxed{1,234.00}": 1,
+    r"\boxed{7} 1234": 0,
+    r"\boxed{} 1234": 0,
+    r"1234 \boxed{123": 0,
+    "no number": 0,
+    "": 0,
+}
+
+
+@pytest.mark.parametrize("answer", ["1234", "1,234", "$1234", "1234.0", " 1234. "])
+def test_plain_numbers_are_compared_exactly_and_without_a_box_the_last_number_counts(answer, monkeypatch):
+    monkeypatch.setattr(math_tasks, "equivalent", None)  # none of this is a question for math-verify
+    assert {text: math_reward(text, answer) for text in GSM8K} == GSM8K
+    assert math_reward("so 1234", r"\frac{1234}{1}") == 0  # only where the answer is a plain number
+    assert math_reward(boxed("x"), "x" * 301) == 0
+
+
+def test_numbers_are_exact_and_their_digits_are_ascii():
+    assert plain_number("-$1,234.50") == -1234.5 and plain_number(".5") == plain_number("50%") / 100
+    assert math_reward("0.1", "0.1000000000000000055511151231257827") == 0  # equal as floats
+    assert math_reward(f"1{'0' * 50}1", f"1{'0' * 51}") == 0
+    assert all(plain_number(text) is None for text in ("1,23", "5 5", "1e5", "--5", "1.2.3", "٣", "５", "²", "½", "x", "", "-", "$", "%"))
+    for look_alike in ("٥", "５", "𝟓"):
+        assert math_reward(f"it is {look_alike}", "5") == 0
+
+
+MEGABYTE = 10**6
+HOSTILE_AND_CHEAP = {
+    "boxes": r"\boxed{" * (MEGABYTE // 7),
+    "nested fractions": r"\boxed{" + r"\frac{1}{" * (MEGABYTE // 9),
+    "closed nested fractions": boxed(r"\frac{1}{" * (MEGABYTE // 10) + "}" * (MEGABYTE // 10)),
+    "braces": r"\boxed{" + "{" * MEGABYTE,
+    "closing braces": r"\boxed{1" + r"\}" * MEGABYTE + "}",
+    "backslashes": r"\boxed{" + "\\" * MEGABYTE + "}",
+    "digits": "1" * MEGABYTE,
+    "digits in a box": boxed("1" * MEGABYTE),
+    "numbers": "1 " * (MEGABYTE // 2),
+    "thousands": "111," * (MEGABYTE // 4) + "1111",
+    "points": "1." * (MEGABYTE // 2),
+    "signs": "-$" * (MEGABYTE // 2),
+    "other digits": "٣" * MEGABYTE,
+    "zero bytes": "\0" * MEGABYTE,
+    "empty box": r"\boxed{}",
+    "blank box": r"\boxed{ }",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("answer", ["18", r"\frac{1}{2}", "1" * MEGABYTE])
+@pytest.mark.parametrize("name", HOSTILE_AND_CHEAP)
+def test_a_megabyte_of_anything_earns_nothing_in_a_tenth_of_a_second_and_reaches_no_verifier(name, answer, monkeypatch):
+    monkeypatch.setattr(math_tasks, "equivalent", None)
+    started = time.perf_counter()
+    assert math_reward(HOSTILE_AND_CHEAP[name], answer) == 0
+    assert time.perf_counter() - started < 0.1
+
+
+# What takes math-verify minutes, or gigabytes.
+BOMBS = ["9^{9^{9^9}}", r"10^{10^8}", "(10^9)!", r"\sum_{n=1}^{10^9} n^n", "(x+y+z)^{1000}"]
+MALFORMED = [
+    "10^{10^{10}}",
+    "0/0",
+    r"\frac{1}{0}",
+    r"\frac{",
+    r"\frac{1}",
+    "(" * 100 + "1" + ")" * 100,
+    r"\sqrt{" * 19 + "2" + "}" * 19,
+    r"\begin{pmatrix}1&2\\3\end{pmatrix}",
+    r"\begin{pmatrix}",
+    "１８",
+    "١٨",
+    "18²",
+    "1e1000000",
+    "\\",
+    "$",
+    "%",
+    "\0",
+    "\ud800",
+    "\n1\n",
+    "__import__('os').abort()",
+    "+" * 300,
+    "1,2" * 100,
+    "∞",
+    r"\text{" + "a " * 100 + "}",
+]
+
+
+def test_malformed_and_look_alike_boxes_earn_nothing_in_bounded_time(verifiers, monkeypatch):
+    monkeypatch.setattr(math_tasks, "VERIFY_SECONDS", 1.0)
+    for box in MALFORMED:
+        started = time.perf_counter()
+        assert math_reward(rf"\boxed{{{box}}}", "18") == 0, box
+        assert time.perf_counter() - started < 1 + 3, box
+
+
+def test_a_comparison_that_overruns_is_killed_counted_once_and_the_next_one_is_judged_as_ever(verifiers, monkeypatch):
+    monkeypatch.setattr(math_tasks, "VERIFY_SECONDS", 0.5)
+    for bomb in BOMBS:
+        started = time.perf_counter()
+        assert math_reward(boxed(bomb), "18") == 0, bomb
+        assert time.perf_counter() - started < 0.5 + 3, bomb
+    assert math_tasks.killed == [(bomb, "18") for bomb in BOMBS]
+    assert all(process.returncode not in (None, 0) for process in verifiers)  # ended and waited for: no zombie
+    started = time.perf_counter()
+    assert math_reward(boxed(BOMBS[0]), "18") == 0  # remembered
+    assert time.perf_counter() - started < 0.1 and len(math_tasks.killed) == len(BOMBS)
+    monkeypatch.setattr(math_tasks, "VERIFY_SECONDS", 5.0)
+    assert math_reward(boxed(r"\frac{36}{2}"), "18") == 1
+
+
+def test_a_verifier_that_died_costs_one_comparison_and_is_replaced(verifiers):
+    assert math_reward(boxed(r"\frac{36}{2}"), "18") == 1
+    verifiers[0].kill()
+    verifiers[0].wait()
+    assert math_reward(boxed(r"\frac{54}{3}"), "18") == 0 and math_tasks.killed == [(r"\frac{54}{3}", "18")]
+    assert math_reward(boxed(r"\frac{72}{4}"), "18") == 1 and len(verifiers) == 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_verifier_has_bounded_memory_and_ctrl_c_does_not_reach_it(verifiers):
+    process = math_tasks.start_verifier()
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    assert [int(line.split()[3]) for line in limits.splitlines() if "address space" in line] == [math_tasks.VERIFY_BYTES]
+    assert os.getpgid(process.pid) != os.getpgid(0)
+
+
+def test_answers_are_judged_from_any_thread_and_in_batches_alike(verifiers):
+    pairs = (EQUIVALENT + DIFFERENT) * 3
+    answers, completions = [a for a, _ in pairs], [boxed(b) for _, b in pairs]
+    rewards: list[float] = []
+    thread = threading.Thread(target=lambda: rewards.extend(math_rewards(completions, answers)))
+    thread.start()
+    thread.join()
+    assert rewards == ([1.0] * len(EQUIVALENT) + [0.0] * len(DIFFERENT)) * 3
+    assert len(math_tasks.idle_verifiers) == len(verifiers) <= math_tasks.VERIFIERS and math_rewards([], []) == []
+
+
+@pytest.mark.parametrize("line", ["", r"math_tasks.VERIFY_SECONDS = 1; math_tasks.equivalent('9^{9^{9^9}}', '18')"])
+def test_a_verifier_idle_or_busy_ends_when_its_run_is_killed(line):
+    pytest.importorskip("math_verify")
+    code = f"from experiments import math_tasks; p = math_tasks.start_verifier(); math_tasks.idle_verifiers.append(p); print(p.pid, flush=True); {line}; input()"
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pid = run.stdout.readline().strip()
+    time.sleep(0.5)
+    run.kill()
+    run.communicate()
+
+    def runs() -> bool:
+        return subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()[:1] not in ("", "Z")
+
+    deadline = time.monotonic() + 1 + 3
+    while runs() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not runs()
+
+
+def test_without_math_verify_one_sentence_names_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ValueError, match="pip install math-verify"):
+        math_tasks.start_verifier()
+
+
+def test_what_a_verifier_prints_or_raises_is_no_verdict(verifiers, tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text(
+        "LatexExtractionConfig = object\n"
+        "def parse(text, *a, **k):\n    print(1)\n    if 'deep' in text: raise RecursionError\n    return text\n"
+        "def verify(answer, box, **k):\n    print(1)\n    return answer == box\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert [math_reward(boxed(text), "x") for text in ("x", "y", "deep", "x ", "z")] == [1, 0, 0, 1, 0]
+    assert math_tasks.killed == [] and len(verifiers) == 1
+
+
+# --- the bandit ---------------------------------------------------------------------------------------------------
+
+POLICY, REWARDS = [0.01, 0.80, 0.19], [1.0, 0.6, 0.0]  # the worked example: settled on the second-best arm
+
+
+def exact_gradient(probs, rewards, beta):
+    """Theorem 1 for a softmax policy, π_j A_j, in plain Python and apart from the code under test."""
+    if beta == 0:
+        average = sum(p * r for p, r in zip(probs, rewards))
+        return [p * (r - average) for p, r in zip(probs, rewards)]
+    mean = sum(p * math.exp(beta * r) for p, r in zip(probs, rewards))
+    return [p * (math.exp(beta * r) / mean - 1) / beta for p, r in zip(probs, rewards)]
+
+
+def expected_update(probs, rewards, beta, n):
+    """The estimator's expectation: every group of n pulls from three arms, weighted by its multinomial probability."""
+    counts = torch.tensor([(i, j, n - i - j) for i in range(n + 1) for j in range(n + 1 - i)])
+    log_chances = (counts * torch.tensor(probs, dtype=torch.float64).log() - torch.lgamma(counts.double() + 1)).sum(1)
+    arms = torch.arange(3).repeat(len(counts)).repeat_interleave(counts.flatten()).view(-1, n)
+    advantages = risk_sensitive_advantage(torch.tensor(rewards, dtype=torch.float64)[arms], beta)
+    updates = torch.zeros(len(counts), 3, dtype=torch.float64).scatter_add_(1, arms, advantages / n)
+    return (log_chances + math.lgamma(n + 1)).exp() @ updates
+
+
+@pytest.fixture
+def one_thread():
+    """bandit.py limits torch to one thread, as matrices this small only wait for a second; other tests keep theirs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(*arguments):
+    bandit.main([str(a) for a in arguments])
+
+
+def test_the_landscape_has_its_optima_at_arms_40_and_75_and_the_policy_starts_at_the_lower_one():
+    rewards, logits = bandit.landscape()
+    assert rewards.shape == logits.shape == (100,) and rewards.argmax() == 40
+    assert rewards[40] == pytest.approx(1.0, abs=1e-6) and rewards[75] == pytest.approx(0.6, abs=1e-5)
+    weights = torch.tensor([math.exp(-((x - 75) ** 2) / 50) + 0.1 for x in range(100)], dtype=torch.float64)
+    torch.testing.assert_close(logits.softmax(0), weights / weights.sum())
+    assert logits.mean().abs() < 1e-12
+
+
+@pytest.mark.parametrize("beta", [-3.0, 0.0, 2.0, 64.0])
+def test_an_update_is_a_step_along_the_gradient_that_autograd_finds(beta):
+    rewards, start = bandit.landscape()
+    uniforms = torch.rand(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    logits = start.repeat(1, 1)
+    before = bandit.update(logits, rewards, beta, uniforms, lr=0.1)
+    arms = (start.softmax(0).cumsum(0)[None] < uniforms.T).sum(1)  # the inverse of the distribution, by counting
+    theta = start.clone().requires_grad_()
+    advantages = risk_sensitive_advantage(rewards[arms][None], beta)[0]
+    (advantages * theta.log_softmax(0)[arms]).mean().backward()
+    torch.testing.assert_close(logits[0], start + 0.1 * theta.grad)
+    assert before.item() == pytest.approx((start.softmax(0) * rewards).sum().item())
+
+
+@pytest.mark.parametrize("beta", [0.0, 2.0, 8.0])
+def test_the_sampled_update_agrees_with_its_exact_expectation_within_its_standard_error(one_thread, beta):
+    repeats = 200_000
+    probs, rewards = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor(REWARDS, dtype=torch.float64)
+    logits = probs.log().repeat(repeats, 1)
+    uniforms = torch.rand(repeats, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bandit.update(logits, rewards, beta, uniforms, lr=1.0)
+    change = logits - probs.log()
+    error = (change.mean(0) - expected_update(probs.tolist(), REWARDS, beta, 4)).abs()
+    assert (error < 4 * change.std(0) / math.sqrt(repeats)).all(), error
+
+
+@pytest.mark.parametrize("n", [2, 3, 16, 64])
+def test_the_expected_update_at_beta_zero_is_exactly_1_minus_1_over_n_of_the_gradient(n):
+    expected = (1 - 1 / n) * torch.tensor(exact_gradient(POLICY, REWARDS, 0), dtype=torch.float64)
+    torch.testing.assert_close(expected_update(POLICY, REWARDS, 0, n), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("beta", [2, 8])
+def test_the_expected_update_tends_to_theorem_1_as_the_group_grows(one_thread, beta):
+    exact = torch.tensor(exact_gradient(POLICY, REWARDS, beta), dtype=torch.float64)
+    errors = [(expected_update(POLICY, REWARDS, beta, n) - exact).abs().max().item() for n in (4, 16, 64, 128)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0], errors
+
+
+@pytest.mark.parametrize("beta, change", [(0, -4.77e-4), (4, -4.85e-5), (8, 3.58e-4), (16, 9.04e-4), (32, 5.17e-4)])
+def test_the_worked_example_of_the_lemmas_holds_to_three_digits(beta, change):
+    computed = bandit.one_step_change(*bandit.EXAMPLE, beta).item()
+    assert f"{computed:.2e}" == f"{change:.2e}"
+    gradient = exact_gradient(POLICY, REWARDS, beta)  # and to all digits, by the derivative of the softmax
+    assert computed == pytest.approx(0.01 * (gradient[0] - sum(p * g for p, g in zip(POLICY, gradient))), rel=1e-9)
+
+
+def test_the_one_step_change_is_what_a_small_exact_step_does_to_random_policies(one_thread):
+    arms, rewards = bandit.random_bandits(20, seed=5)
+    for beta in (0, 3, 50):
+        changes = bandit.one_step_change(arms, rewards, beta)
+        for group, reward, change in zip(arms.tolist(), rewards.tolist(), changes.tolist()):
+            probs = [group.count(arm) / 200 for arm in range(10)]
+            step = 1e-6 * torch.tensor(exact_gradient(probs, reward, beta), dtype=torch.float64)
+            after = (torch.tensor(probs, dtype=torch.float64).log() + step).softmax(0)
+            best = reward.index(max(reward))
+            assert change == pytest.approx((after[best].item() - probs[best]) / 1e-6, abs=1e-6)
+
+
+def test_lemma_2_the_standard_gradient_lowers_the_best_arm_of_some_policies(one_thread):
+    falls = bandit.one_step_change(*bandit.random_bandits(1_000), 0) < 0
+    assert 50 < falls.sum() < 500
+
+
+def test_lemmas_3_and_4_beta_raises_the_best_arm_of_1000_random_policies_and_then_as_1_over_beta(one_thread):
+    arms, rewards = bandit.random_bandits(1_000)
+    probs = torch.stack([(arms == arm).double().mean(1) for arm in range(10)], 1)
+    assert probs.min() == 1 / 200 and probs.amax(1).min() < 0.3 and probs.max() > 0.9  # nearly even to nearly settled
+    best = torch.nn.functional.one_hot(rewards.argmax(1), 10).double()
+    p = (probs * best).sum(1)
+    limit = p * ((1 - p) ** 2 + (probs * (1 - best)).square().sum(1))
+    for beta in (1e4, 1e5, 1e6):
+        assert (bandit.one_step_change(arms, rewards, beta) > 0).all()
+    torch.testing.assert_close(1e6 * bandit.one_step_change(arms, rewards, 1e6), limit)
+
+
+def test_the_risk_neutral_policy_stays_and_the_risk_seeking_one_leaves(one_thread):
+    curve = bandit.run([0, 8], seeds=5, steps=5_000, lr=0.1, batch=16)
+    assert curve.shape == (5_001, 2, 5)
+    neutral, seeking = curve[-1]
+    assert ((neutral - 0.6).abs() < 0.01).all() and (seeking > 0.9).all(), curve[-1]
+    updates = bandit.updates_until_escape(curve)
+    assert updates[0].isinf().all() and (updates[1] < 4_000).all() and (updates[1] > 2_000).all()
+    first = int(updates[1, 0])
+    assert curve[first - 1, 1, 0] < 0.8 <= curve[first, 1, 0]
+
+
+def test_the_same_seed_gives_the_same_numbers_whatever_else_runs_beside_it(one_thread):
+    run = partial(bandit.run, steps=300, lr=0.1, batch=16)
+    both = run([0, 8], seeds=3, seed=4)
+    assert torch.equal(both, run([0, 8], seeds=3, seed=4))
+    torch.testing.assert_close(run([8], seeds=2, seed=5)[:, 0], both[:, 1, 1:], rtol=1e-12, atol=0)
+    assert not torch.allclose(both[-1, 1, 0], both[-1, 1, 1], rtol=1e-6)  # and another seed other ones
+
+
+BAD = [
+    ["--steps", "0"], ["--steps", "2.5"], ["--steps", "10000000000"], ["--seeds", "0"], ["--seeds", "nan"],
+    ["--batch", "1"], ["--lr", "0"], ["--lr", "nan"], ["--lr", "inf"], ["--seed", "-1"], ["--seed", "1" + 30 * "0"],
+    ["--betas"], ["--betas", "nan"], ["--betas", "2", "inf"], ["--betas", "two"], ["--betas", "-1001"],
+    ["--lemmas", "--advantages"], ["--bogus"], ["extra"], ["--out", bandit.__file__], ["--out", bandit.__file__ + "/x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", BAD, ids=lambda arguments: " ".join(map(os.path.basename, arguments)))
+def test_a_bad_option_of_the_bandit_ends_in_one_sentence_and_status_2(one_thread, arguments, tmp_path, capsys):
+    (tmp_path / "bandit.png").write_text("kept")
+    with pytest.raises(SystemExit) as stop:
+        command("--out", tmp_path, *arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    assert err.startswith("bandit.py: ") and err.count("\n") == 1 and len(err) > 30
+    assert [f.name for f in tmp_path.iterdir()] == ["bandit.png"] and (tmp_path / "bandit.png").read_text() == "kept"
+
+
+PEAKS = "β = 0 0.500 0.117 β = 2 0.269 0.054 β = 4 0.119 0.031 β = 8 0.018 0.016"  # 1/(1+e^(β/2)), mean |Â| at 15 of 16
+COMMANDS = [
+    ("bandit", ["--steps", 40, "--seeds", 2, "--betas", 8, 0, -1], ["8 0.37", "0/2 never"]),
+    ("lemmas", ["--lemmas", "--betas", 0, 16], ["0 -4.8e-04", "16 9.0e-04", "for 1,000 of the 1,000"]),
+    ("advantages", ["--advantages"], ["pass@4 0.250 0.000", PEAKS]),  # pass@4 is silent where β isn't
+]
+
+
+@pytest.mark.parametrize("name, arguments, said", COMMANDS, ids=[name for name, *_ in COMMANDS])
+def test_each_command_prints_its_table_and_draws_its_picture(one_thread, name, arguments, said, tmp_path, capsys):
+    command(*arguments, "--out", tmp_path / "new" / "folder")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(words in printed for words in said), printed
+    assert (tmp_path / "new" / "folder" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bandit_runs_without_a_display_and_without_transformers(tmp_path):
+    code = "import sys; sys.modules['transformers'] = None; import bandit; bandit.main(sys.argv[1:])"
+    arguments = ["--steps", "3", "--seeds", "1", "--out", str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=Path(bandit.__file__).parent, env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "bandit.png").exists()
+
+
+# --- the same advantage inside TRL and verl -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def trl_rs_grpo(monkeypatch):
+    """The module experiments/trl_rs_grpo.py, where TRL is installed."""
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    return importlib.import_module("trl_rs_grpo")
+
+
+def trl_config(folder, **settings):
+    """TRL's settings for a tiny run on the CPU."""
+    from trl import GRPOConfig
+
+    settings = dict(scale_rewards="none", bf16=False, use_cpu=True) | settings
+    return GRPOConfig(output_dir=str(folder), save_strategy="no", report_to=[], disable_tqdm=True, **settings)
+
+
+def test_trls_loss_sees_our_advantages_in_training_and_in_evaluation(trl_rs_grpo, tmp_path):
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    beta, rewards, seen = 2.0, {"train": {}, "eval": {}}, {"train": [], "eval": []}
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "countdown-base")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "countdown-base")
+
+    def reward(prompts, completions, completion_ids, **rest):  # continuous, so that scaling or reordering would show
+        batch = [sum(i * token for i, token in enumerate(ids, 1)) % 17 / 8 for ids in completion_ids]
+        for prompt, ids, value in zip(prompts, completion_ids, batch):
+            rewards["train" if trainer.model.training else "eval"].setdefault(prompt, []).append((tuple(ids), value))
+        return batch
+
+    class Watched(trl_rs_grpo.RSGRPOTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            for row, advantage in enumerate(inputs["advantages"].tolist()):
+                prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row].bool()]
+                ids = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()]
+                text = tokenizer.decode(prompt, skip_special_tokens=True)
+                seen["train" if model.training else "eval"].append((text, tuple(ids.tolist()), advantage))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    problems = ["3,4,5,6=21:", "1,2,3,4=24:", "2,2,7,9=18:", "5,6,8,9=30:", "6,9,9,12=36:", "5,7,7,12=7:"]
+    problems = [{"prompt": problem} for problem in problems]
+    trainer = Watched(
+        model=model,
+        reward_funcs=reward,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(problems[:4]),
+        eval_dataset=datasets.Dataset.from_list(problems[4:]),
+        args=trl_config(
+            tmp_path,
+            max_steps=1,
+            num_generations=4,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,  # so that TRL shuffles the 16 rows and splits them in two
+            num_generations_eval=3,
+            per_device_eval_batch_size=6,
+            max_completion_length=12,
+            temperature=3.0,  # so that the completions of a prompt differ
+        ),
+        beta_risk=beta,
+    )
+    trainer.train()
+    logged = list(trainer._logs["advantages"])
+    trainer.evaluate()
+
+    for mode, samples, rows in (("train", 4, 16), ("eval", 3, 6)):
+        expected = {}
+        for prompt, group in rewards[mode].items():
+            advantages = risk_sensitive_advantage(torch.tensor([[value for _, value in group]]), beta)[0]
+            assert len(group) == samples
+            expected |= {(prompt, ids): a.item() for (ids, _), a in zip(group, advantages)}
+        assert len(seen[mode]) == rows and len({a for _, _, a in seen[mode]}) > 3  # there is a signal
+        for prompt, ids, advantage in seen[mode]:
+            assert advantage == pytest.approx(expected[prompt, ids], abs=1e-5)
+        if mode == "train":  # what log_completions prints, in the order of generation
+            in_order = [expected[prompt, ids] for prompt, group in rewards[mode].items() for ids, _ in group]
+            assert logged == pytest.approx(in_order, abs=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_group_that_lies_across_two_trl_processes_is_one_group(trl_rs_grpo, monkeypatch, training):
+    trainer_class = trl_rs_grpo.RSGRPOTrainer
+    rewards = torch.tensor([[0.0, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0.5, 0]])  # two processes hold six of these each
+    shifted = (rewards - rewards.mean(1, keepdim=True)).flatten()
+
+    def part(process: int) -> list[float]:
+        trainer = trainer_class.__new__(trainer_class)  # one process, without a model
+        trainer.beta_risk, trainer._scored = 3.0, torch.ones(12, dtype=torch.bool)
+        trainer.num_generations, trainer.num_generations_eval = (4, 2) if training else (2, 4)
+        trainer.model = SimpleNamespace(training=training)
+        trainer.accelerator = SimpleNamespace(process_index=process, gather=lambda mine: shifted)
+        trainer._logs = {"advantages": deque([7.0] + shifted.tolist(), maxlen=13)}
+        mine = {"advantages": shifted[6 * process : 6 * process + 6], "other": 1}
+        monkeypatch.setattr(trainer_class.__base__, "_generate_and_score_completions", lambda self, inputs: mine)
+        output = trainer._generate_and_score_completions([])
+        assert output["other"] == 1
+        assert list(trainer._logs["advantages"]) == pytest.approx([7.0] + expected.tolist(), abs=1e-6)
+        return output["advantages"].tolist()
+
+    expected = risk_sensitive_advantage(rewards, 3.0).flatten()
+    assert part(0) + part(1) == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_a_completion_that_no_reward_function_judged_gets_zero_and_leaves_trls_group_alone(trl_rs_grpo, monkeypatch):
+    trainer_class = trl_rs_grpo.RSGRPOTrainer
+    nan = torch.nan
+    by_function = torch.tensor([[1, nan], [nan, 0], [nan, nan], [0, 0], [nan, nan], [nan, nan], [nan, nan], [nan, nan]])
+    monkeypatch.setattr(trainer_class.__base__, "_calculate_rewards", lambda self, *args: by_function)
+    trainer = trainer_class.__new__(trainer_class)
+    assert trainer._calculate_rewards([], [], [], []) is by_function
+    shifted = torch.tensor([2 / 3, -1 / 3, 0, -1 / 3, 0, 0, 0, 0])  # TRL's: the mean of the judged, 0 for the others
+    advantages = trl_rs_grpo.regrouped_advantage(shifted, trainer._scored, 4, 2.0)
+    a = risk_sensitive_advantage(torch.tensor([[1.0, 0, 0]]), 2.0)[0].tolist()
+    assert advantages.tolist() == pytest.approx([a[0], a[1], 0, a[2], 0, 0, 0, 0], abs=1e-6)
+    assert (advantages[[2, 4, 5, 6, 7]] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale_rewards": "group"},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": True},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+    ],
+)
+def test_trls_other_scalings_are_refused_in_a_sentence(trl_rs_grpo, tmp_path, settings):
+    message = f"^{next(iter(settings))} is '.*', but must be '.*': RS-GRPO needs unscaled rewards$"
+    with pytest.raises(ValueError, match=message):
+        trl_rs_grpo.RSGRPOTrainer("no-such-model", [], trl_config(tmp_path, **settings))
+
+
+def test_the_trl_trainer_refuses_an_infinite_beta_and_missing_settings(trl_rs_grpo, tmp_path):
+    with pytest.raises(ValueError, match="beta must be finite"):
+        trl_rs_grpo.RSGRPOTrainer("no-such-model", [], trl_config(tmp_path), beta_risk=float("inf"))
+    with pytest.raises(ValueError, match="scale_rewards is None"):
+        trl_rs_grpo.RSGRPOTrainer("no-such-model", [], None)
+
+
+def test_the_trl_script_trains_on_a_jsonl_of_problems_and_answers(trl_rs_grpo, monkeypatch, tmp_path, capsys):
+    made = {}
+
+    class Trainer:
+        def __init__(self, *args, **settings):
+            made.update(settings, model=args[0], reward=args[1], config=args[2])
+
+        train = save_model = lambda self: None
+
+    monkeypatch.setattr(trl_rs_grpo, "RSGRPOTrainer", Trainer)
+    (tmp_path / "train.jsonl").write_text('{"problem": "What is 1 + 1?", "answer": "2"}\n')
+    common = ["--model", "m", "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    trl_rs_grpo.main([*common, "--data", str(tmp_path / "train.jsonl"), "--beta_risk", "4", "--num_generations", "8"])
+    assert made["beta_risk"] == 4 and made["model"] == "m"
+    assert (made["config"].scale_rewards, made["config"].num_generations, made["config"].beta) == ("none", 8, 0)
+    (row,) = made["train_dataset"]
+    assert row["prompt"][0]["content"].startswith("What is 1 + 1?\n") and row["answer"] == "2"
+    texts = [[{"role": "assistant", "content": text}] for text in ("so \\boxed{2}", "so \\boxed{3}", "\\boxed{42}")]
+    assert made["reward"](completions=texts, answer=["2", "2", "42"], extra=1) == [1, 0, 1]
+
+    (tmp_path / "other.jsonl").write_text('{"text": "?"}\n')
+    with pytest.raises(SystemExit):
+        trl_rs_grpo.main([*common, "--data", str(tmp_path / "other.jsonl")])
+    assert "a row without a problem and its answer" in capsys.readouterr().err
+
+
+@pytest.fixture
+def verl_registry(monkeypatch):
+    """What experiments/verl_rs_grpo.py registers, in place of an installed verl: {name: function}."""
+    registry = {}
+    names = ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[names[-1]].register_adv_est = lambda name: lambda function: registry.setdefault(name, function)
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.delitem(sys.modules, "verl_rs_grpo", raising=False)
+    importlib.import_module("verl_rs_grpo")
+    yield registry
+    sys.modules.pop("verl_rs_grpo")
+
+
+@pytest.mark.parametrize(("config", "beta"), [(None, 2.0), ({}, 2.0), ({"rs_beta": 4}, 4.0), ({"rs_beta": 0}, 0.0)])
+def test_verl_gets_our_advantages_for_shuffled_groups_of_unequal_sizes(verl_registry, config, beta):
+    groups = {"a": [1.0, 0, 0, 0], "b": [0.2, 0.9, 0.4], "c": [1.0], "d": [1.0, 1]}
+    rows = [
+        (name, reward, advantage)
+        for name, rewards in groups.items()
+        for reward, advantage in zip(rewards, risk_sensitive_advantage(torch.tensor([rewards]), beta)[0])
+    ]
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    lengths = torch.arange(len(rows)) % 3 + 2
+    mask = (torch.arange(6) < lengths[:, None]).long()  # (B, T), int64 as verl's
+    token_rewards = torch.zeros(mask.shape)
+    for row, (_, reward, _) in enumerate(rows):  # half on the first token, half on the last
+        token_rewards[row, 0] += reward / 2
+        token_rewards[row, lengths[row] - 1] += reward / 2
+    before = token_rewards.clone()
+
+    advantages, returns = verl_registry["rs_grpo"](
+        token_level_rewards=token_rewards, response_mask=mask, index=[name for name, _, _ in rows], config=config
+    )
+    assert advantages.shape == returns.shape == mask.shape and advantages.dtype == torch.float32
+    for row, (_, _, advantage) in enumerate(rows):
+        n = lengths[row]
+        assert advantages[row, :n].tolist() == pytest.approx([advantage.item()] * n, abs=1e-6)
+        assert (advantages[row, n:] == 0).all()
+    assert torch.equal(advantages, returns) and torch.equal(token_rewards, before)
+
+
+def test_verls_group_ids_may_be_objects_numbers_or_a_tensor(verl_registry):
+    import numpy as np
+
+    rewards, mask = torch.tensor([[0.0], [1], [1], [1]]), torch.ones(4, 1)
+    expected = risk_sensitive_advantage(torch.tensor([[0.0, 1]]), 2.0)[0].tolist()
+    for index in (np.array(["x", "y", "x", "y"], dtype=object), np.array([5, 0, 5, 0]), torch.tensor([5, 0, 5, 0])):
+        advantages, _ = verl_registry["rs_grpo"](rewards, mask, index)
+        assert advantages[:, 0].tolist() == pytest.approx([expected[0], 0, expected[1], 0], abs=1e-6)

@@ -87,7 +87,7 @@ MAX_TAIL = 10_000  # characters at the end of a completion in which a last numbe
 VERIFY_SECONDS = 3.0  # for one comparison, which takes milliseconds unless it is hostile; then its process is killed
 VERIFY_BYTES = 2**30  # memory of one verifier process, which takes 0.1 GB
 VERIFIERS = min(8, os.cpu_count() or 1)  # processes at once in `math_rewards`
-NUMBER = r"-?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)%?"  # -5  1,234  $18.00  .5  50%
+NUMBER = r"-?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)%?"  # -5  1,234  $18.00  .5  50%
 
 
 def math_reward(completion: str, answer: str) -> float:
