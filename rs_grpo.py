@@ -437,10 +437,11 @@ class Policy(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """The N completions of each of P prompts; rows of one prompt lie together, B = P·N."""
+    """B completions of P prompts: as sampled, N of each, those of one prompt lying together."""
 
     prompt_ids: Tensor  # (P, L), padded on the left
     prompt_mask: Tensor  # (P, L), 1 on real tokens
+    owner: Tensor  # (B,): which of the prompts a row completes
     ids: Tensor  # (B, T), padded on the right
     mask: Tensor  # (B, T), True on completion tokens, the end-of-sequence token included
     entropy: float  # mean over the completion tokens of the policy's entropy, in nats
@@ -519,7 +520,8 @@ def sample(
         hidden = out.last_hidden_state[:, -1]
     ids = ids[:, : t + 1]
     completion_mask = torch.arange(t + 1, device=ids.device) < lengths[:, None]  # (B, T)
-    return Rollouts(prompt_ids, prompt_mask, ids, completion_mask, (entropy / lengths.sum()).item())
+    owner = torch.arange(len(prompt_ids), device=ids.device).repeat_interleave(samples)
+    return Rollouts(prompt_ids, prompt_mask, owner, ids, completion_mask, (entropy / lengths.sum()).item())
 
 
 def roll_out(
@@ -549,20 +551,19 @@ def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> T
     each row is then run whole.
     """
     ids, mask = rollouts.ids, rollouts.mask
-    samples = len(ids) // len(rollouts.prompt_ids)
-    prompt_mask = rollouts.prompt_mask.repeat_interleave(samples, 0)  # (B, L)
+    prompt_mask = rollouts.prompt_mask[rollouts.owner]  # (B, L)
     attended = F.pad(prompt_mask, (0, ids.shape[1] - 1), value=1)  # (B, L+T−1); padding on the right is never looked back at
     positions = (attended.cumsum(1) - 1).clamp(min=0)  # (B, L+T−1): padding on the left doesn't count
     length = prompt_mask.shape[1]
     if any(layer.training for layer in model.modules()):  # see `learning`
-        rows = torch.cat([rollouts.prompt_ids.repeat_interleave(samples, 0), ids[:, :-1]], 1)  # (B, L+T−1)
+        rows = torch.cat([rollouts.prompt_ids[rollouts.owner], ids[:, :-1]], 1)  # (B, L+T−1)
         out = model.base_model(rows, attention_mask=attended, position_ids=positions, use_cache=False)
         hidden = out.last_hidden_state[:, length - 1 :]  # (B, T, D)
     else:
         first, cache = prefill(model, rollouts.prompt_ids, rollouts.prompt_mask)  # (P, D)
-        hidden = first.repeat_interleave(samples, 0)[:, None]  # (B, 1, D)
+        hidden = first[rollouts.owner][:, None]  # (B, 1, D)
         if ids.shape[1] > 1:
-            cache.batch_repeat_interleave(samples)
+            cache.batch_select_indices(rollouts.owner)
             positions = positions[:, length:]
             out = model.base_model(ids[:, :-1], attention_mask=attended, position_ids=positions, past_key_values=cache)
             hidden = torch.cat([hidden, out.last_hidden_state], 1)  # (B, T, D)
@@ -607,16 +608,18 @@ def policy_gradient(model: Any, batches: Sequence[Batch], config: Config) -> flo
     are there old log-probabilities, and Â·log π becomes min(ratio·Â, clip(ratio)·Â) (PPO, arXiv 1707.06347; the wider
     upper bound is DAPO's, arXiv 2503.14476).
 
-    Groups without a signal have a gradient of exactly zero and are never run. The divisor counts the tokens of all
-    groups, so that neither skipping nor the cut into micro-batches changes the gradient.
+    Groups without a signal have a gradient of exactly zero and are never run; equal completions of a prompt, frequent
+    where a policy is peaked, are run once, with the sum of their advantages. The divisor counts the tokens of all
+    completions, so that none of this, nor the cut into micro-batches, changes the gradient.
     """
     tokens = sum(batch.rollouts.mask.sum() for batch in batches)
     total = 0.0
     for rollouts, advantages, old_logprobs in batches:
-        for rows in micro_batches(rollouts, advantages, config.micro_tokens):
+        weights = merge_equal(rollouts, advantages)  # (B,)
+        for rows in micro_batches(rollouts, weights, config.micro_tokens):
             part = take(rollouts, rows)
             logprobs = completion_logprobs(model, part, config.temperature)  # (B', T')
-            weight = advantages.to(rows.device).flatten()[rows, None]  # (B', 1): the same on every token
+            weight = weights[rows, None]  # (B', 1): the same on every token
             assert weight.shape[0] == logprobs.shape[0]
             gain = weight * logprobs
             if old_logprobs is not None:
@@ -642,7 +645,7 @@ def minibatches(policy: Policy, batches: Sequence[Batch], config: Config) -> Ite
     for rollouts, advantages, _ in batches:
         old = torch.zeros(rollouts.mask.shape, device=policy.device)  # (B, T)
         with torch.no_grad(), learning(policy) as model:
-            for rows in micro_batches(rollouts, advantages, config.micro_tokens):
+            for rows in micro_batches(rollouts, advantages.to(policy.device).flatten(), config.micro_tokens):
                 logprobs = completion_logprobs(model, take(rollouts, rows), config.temperature)
                 old[rows, : logprobs.shape[1]] = logprobs
         scored.append(Batch(rollouts, advantages, old))
@@ -655,39 +658,51 @@ def minibatches(policy: Policy, batches: Sequence[Batch], config: Config) -> Ite
         yield part
 
 
+def merge_equal(rollouts: Rollouts, advantages: Tensor) -> Tensor:
+    """Advantages (P, N) as one weight per row (B,): their sum on the first of equal completions of a prompt, 0 on others."""
+    weights, first = advantages.flatten().tolist(), {}
+    lengths = rollouts.mask.sum(1).tolist()
+    for row, (owner, ids) in enumerate(zip(rollouts.owner.tolist(), rollouts.ids.tolist())):
+        leader = first.setdefault((owner, *ids[: lengths[row]]), row)
+        if leader != row:
+            weights[leader] += weights[row]
+            weights[row] = 0.0
+    return torch.tensor(weights, device=rollouts.ids.device)
+
+
 def take(rollouts: Rollouts, rows: Tensor) -> Rollouts:
-    """The rollouts of `rows` (B',), all or equally many of each prompt, without columns that hold only padding."""
-    prompts = torch.unique_consecutive(rows * len(rollouts.prompt_ids) // len(rollouts.ids))  # (P',)
+    """The rollouts of `rows` (B',), without the prompts of others and without columns that hold only padding."""
+    prompts, owner = rollouts.owner[rows].unique(return_inverse=True)  # (P',) and (B',)
     used = rollouts.prompt_mask[prompts].any(0)
     longest = int(rollouts.mask[rows].sum(1).max())
-    return rollouts._replace(
-        prompt_ids=rollouts.prompt_ids[prompts][:, used],
-        prompt_mask=rollouts.prompt_mask[prompts][:, used],
-        ids=rollouts.ids[rows, :longest],
-        mask=rollouts.mask[rows, :longest],
+    return Rollouts(
+        rollouts.prompt_ids[prompts][:, used],
+        rollouts.prompt_mask[prompts][:, used],
+        owner,
+        rollouts.ids[rows, :longest],
+        rollouts.mask[rows, :longest],
+        rollouts.entropy,
     )
 
 
-def micro_batches(rollouts: Rollouts, advantages: Tensor, micro_tokens: int) -> Iterator[Tensor]:
-    """Cut the rows of all groups with a signal into index tensors (B',) of at most `micro_tokens` padded tokens.
+def micro_batches(rollouts: Rollouts, weights: Tensor, micro_tokens: int) -> Iterator[Tensor]:
+    """Cut the rows whose weight (B,) isn't 0 into index tensors (B',) of at most `micro_tokens` padded tokens.
 
     Whole groups of like length go together; only a group that is too large by itself is cut, down to single rows.
     """
-    prompts, samples = advantages.shape
-    lengths = rollouts.mask.sum(1)  # (B,)
-    longest = lengths.view(prompts, samples).amax(1)  # (P,)
-    signal = (advantages != 0).any(1).tolist()
+    lengths, owner, prompt_tokens = rollouts.mask.sum(1), rollouts.owner, rollouts.prompt_ids.shape[1]
+    rows = weights.nonzero().squeeze(1)
+    groups = [rows[owner[rows] == prompt] for prompt in owner[rows].unique()]
     part: list[Tensor] = []
-    for i in (i for i in longest.argsort(stable=True).tolist() if signal[i]):
-        rows = torch.arange(i * samples, (i + 1) * samples, device=lengths.device)
-        row_tokens = rollouts.prompt_ids.shape[1] + int(longest[i])
-        if part and (len(part) + 1) * samples * row_tokens > micro_tokens:
+    for group in sorted(groups, key=lambda group: int(lengths[group].max())):
+        row_tokens = prompt_tokens + int(lengths[group].max())
+        if part and (sum(map(len, part)) + len(group)) * row_tokens > micro_tokens:
             yield torch.cat(part)
             part = []
-        if samples * row_tokens > micro_tokens:
-            yield from rows[lengths[rows].argsort(stable=True)].split(max(1, micro_tokens // row_tokens))
+        if len(group) * row_tokens > micro_tokens:
+            yield from group[lengths[group].argsort(stable=True)].split(max(1, micro_tokens // row_tokens))
         else:
-            part.append(rows)
+            part.append(group)
     if part:
         yield torch.cat(part)
 
@@ -752,7 +767,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     task = load_task(config)
     policy = load_policy(config)
     write_json(folder / SETTINGS, asdict(config))
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     generator = torch.Generator(policy.device).manual_seed(config.seed)  # the only source of randomness in training
     state = State(solved=torch.zeros(len(task.train), dtype=torch.bool))
     if resume:

@@ -427,10 +427,8 @@ def draw(policy, samples=8, max_tokens=12, temperature=1.0, seed=0, prompts=PROM
 
 def unpadded(rollouts: Rollouts):
     """(prompt ids, completion ids) of every row, as lists without padding."""
-    samples = len(rollouts.ids) // len(rollouts.prompt_ids)
-    for i, (ids, mask) in enumerate(zip(rollouts.ids, rollouts.mask)):
-        prompt, prompt_mask = rollouts.prompt_ids[i // samples], rollouts.prompt_mask[i // samples]
-        yield prompt[prompt_mask.bool()].tolist(), ids[mask].tolist()
+    for owner, ids, mask in zip(rollouts.owner, rollouts.ids, rollouts.mask):
+        yield rollouts.prompt_ids[owner][rollouts.prompt_mask[owner].bool()].tolist(), ids[mask].tolist()
 
 
 def plain_logprobs(model, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:

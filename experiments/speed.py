@@ -22,7 +22,7 @@ from statistics import mean
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rs_grpo import ADVANTAGES, Config, Problem, countdown, countdown_reward, load_policy, read_metrics, train  # noqa: E402
+from rs_grpo import ADVANTAGES, Config, Problem, countdown_problems, countdown_reward, load_policy, read_metrics, train  # noqa: E402
 
 # Every group computed: a zero advantage becomes one that is too small to matter and too large to be skipped.
 ADVANTAGES["rs-unskipped"] = lambda rewards, config: ADVANTAGES["rs"](rewards, config) + (rewards.std(1, keepdim=True) == 0) * 1e-30
@@ -49,7 +49,7 @@ def time_trl(steps: int, config: Config, problems: list[Problem]) -> list[float]
             self.ends.append(time.perf_counter())
 
     def reward(prompts, completions, numbers, target, **kwargs):
-        return [countdown_reward(text, *rest) for text, *rest in zip(completions, numbers, target)]
+        return [countdown_reward(*row) for row in zip(completions, numbers, target)]
 
     policy, clock = load_policy(config), Clock()
     clock.ends = []
@@ -58,7 +58,7 @@ def time_trl(steps: int, config: Config, problems: list[Problem]) -> list[float]
             model=policy.model,
             reward_funcs=reward,
             processing_class=policy.tokenizer,
-            train_dataset=datasets.Dataset.from_list([problem._asdict() for problem in problems]),
+            train_dataset=datasets.Dataset.from_list([{"prompt": p.prompt, "numbers": p.answer[0], "target": p.answer[1]} for p in problems]),
             callbacks=[clock],
             args=GRPOConfig(
                 output_dir=folder,
@@ -103,8 +103,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     settings = {"device": "cpu", "seed": 0}
-    config = Config(eval_problems=1, **settings)
-    problems = countdown(config).train
+    config = Config(**settings)
+    problems = countdown_problems(config.train_problems, held_out=False)
 
     ours, unskipped, trl = [], [], []
     for turn in range(args.rounds):
