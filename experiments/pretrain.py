@@ -2,7 +2,7 @@
 
     python experiments/pretrain.py                    # some four minutes on two CPU cores
 
-A Llama of 0.88 M parameters reads `4,7,9,12=48:` and writes an expression. Nine in ten of the expressions it learns
+A Llama of 0.87 M parameters reads `4,7,9,12=48:` and writes an expression. Nine in ten of the expressions it learns
 from are additive chains (`9+12-4-7`), one in ten is a random tree over + - * / (`(7+9)/4*12`); reinforcement learning
 and evaluation draw their problems from the trees alone. So the policy nearly always tries a chain, which cannot solve
 half of them: the exploration dilemma that the risk-sensitive objective is made for.
