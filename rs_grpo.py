@@ -11,12 +11,15 @@ and only one function changes, the advantage of sample i among the N samples of 
 
 β = 0 is the mean baseline r_i − mean(r). Everything else is GRPO in its plainest form: sample N completions of each
 prompt, judge them by a rule, take one on-policy gradient step. Left out, because the method needs none of them: a
-value network, a reward model, a KL penalty, a reference model, an importance ratio.
+value network, a reward model, a KL penalty, a reference model. A first reader can stop after `train`.
 
-    python rs_grpo.py                                 # train the embedded model on Countdown, with pass@k before and after
-    python rs_grpo.py --advantage grpo --out runs/g   # the same with GRPO
-    python rs_grpo.py --model FOLDER_OR_HUB_ID --lr 1e-6 --task countdown --device cuda
-    python rs_grpo.py --resume                        # go on where a killed run stopped, to the same numbers
+    python rs_grpo.py                         # train the embedded model on Countdown, pass@k before and after: 3 minutes
+    python rs_grpo.py --advantage grpo        # the same with GRPO
+    python rs_grpo.py --resume                # go on where a killed run stopped, to the same numbers
+    python rs_grpo.py --model Qwen/Qwen2.5-Math-1.5B --task math12k --eval-task math500 --lr 1e-6 --max-tokens 3000
+
+On two CPU cores the first takes pass@1 from 17.9 to 26.8 % and pass@32 from 41.9 to 54.9 %, where GRPO gets 25.7 and
+42.6 (one seed; more in the README).
 
 Legend: P prompts a step, N samples a prompt, B = P·N rows, L prompt tokens, T completion tokens, V vocabulary.
 A rollout is a prompt's tokens and one completion of it; a group is the N rollouts of one prompt.
@@ -82,7 +85,7 @@ class Config:
     """The settings of one run. Raises BadInput for a value that can't work."""
 
     model: str = option(EMBEDDED, "folder or hub id of a causal language model")
-    task: str = option("countdown", "countdown, countdown-text, a .jsonl file with problem and answer, or a named set (see README)")
+    task: str = option("countdown", "countdown, countdown-text, gsm8k or another named set, or a .jsonl file")
     eval_task: str = option("", "what to evaluate on, several separated by commas (default: a held-out tenth of --task)")
     instruction: str = option("", "what a pretrained model is told after each problem (default: the task's own)")
     out: str = option("", "run folder to write (default: runs/<advantage>-seed<seed>, with beta where it counts)")
@@ -95,8 +98,8 @@ class Config:
     prompts: int = option(32, "prompts a step")
     updates: int = option(1, "updates a step; more than 1 cuts the batch into as many minibatches, with the PPO clip")
     clip_low: float = option(0.2, "with --updates above 1: the ratio is clipped at 1 - this")
-    clip_high: float = option(0.28, "with --updates above 1: and at 1 + this; wider as in DAPO, so that rare tokens can rise")
-    dynamic_sampling: int = option(0, "draw P more prompts up to this often while fewer than P have a signal; DAPO allows 10")
+    clip_high: float = option(0.28, "and at 1 + this; wider, as in DAPO, so that rare tokens can rise")
+    dynamic_sampling: int = option(0, "draw as many prompts again, up to this often, while too few have a signal")
     samples: int = option(16, "completions a prompt, the group over which advantages are taken; the paper has 16")
     steps: int = option(500, "training steps, one update each; 0 only evaluates")
     train_problems: int = option(10_000, "size of the training set, gone through in epochs without replacement")
@@ -904,10 +907,14 @@ def showcase(step: int, problems: Sequence[Problem], completions: Sequence[str],
 
 # --- More tasks -------------------------------------------------------------------------------------------------------
 
-
-COUNTDOWN_TEXT = "Using the numbers {numbers}, write an expression that equals {target}. Use + - * / and brackets, and each number exactly once."
+COUNTDOWN_TEXT = (
+    "Using the numbers {numbers}, write an expression that equals {target}. "
+    "Use + - * / and brackets, and each number exactly once."
+)
 IN_ANSWER_TAGS = "Think step by step, then write the expression between <answer> and </answer>."
 IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
 def load_task(config: Config) -> Task:
     """The task that `config` names, its problems the same for every seed. Raises BadInput if it can't be had."""
     names = [config.task, *filter(None, config.eval_task.split(","))]
@@ -937,6 +944,13 @@ def load_task(config: Config) -> Task:
     if not train or not held_out:
         raise BadInput(f"--task {config.task} is too small to train and to evaluate on; give a larger set, or an --eval-task")
     return Task(train, held_out, math_tasks.math_rewards, config.instruction or IN_A_BOX, lambda: len(math_tasks.killed))
+
+
+def math_reward(completion: str, answer: str) -> float:
+    r"""1.0 if the last \boxed{...} of `completion`, or its last number, is equivalent to `answer`, else 0.0."""
+    from experiments import math_tasks
+
+    return math_tasks.math_reward(completion, answer)
 
 
 def countdown_in_words(problem: Problem) -> Problem:
@@ -1036,7 +1050,8 @@ def open_run_folder(config: Config, resume: bool) -> Path:
         stored = stored_settings(folder)
         for name, value in asdict(config).items():
             if name != "out" and value != stored[name] and not (name == "steps" and value > stored[name]):
-                raise BadInput(f"--{name.replace('_', '-')} is {value}, but {folder} was started with {stored[name]}; leave it out")
+                flag = "--" + name.replace("_", "-")
+                raise BadInput(f"{flag} is {value}, but {folder} was started with {stored[name]}; leave it out")
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1055,7 +1070,8 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     try:
         return asdict(Config(**json.loads((folder / SETTINGS).read_text())))
     except FileNotFoundError as error:
-        raise BadInput(f"there is no run in {folder} to resume; start one without --resume, or name its folder with --out") from error
+        reason = "start one without --resume, or name its folder with --out"
+        raise BadInput(f"there is no run in {folder} to resume; {reason}") from error
     except (OSError, TypeError, ValueError) as error:
         raise BadInput(f"{folder / SETTINGS} can't be read ({error}); mend it, or start again in another folder") from error
 
@@ -1112,7 +1128,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def load_results(folder: Path, step: int) -> dict[str, Any]:
     """What eval.json holds so far, up to `step`: the base's evaluation, and those on the way."""
-    results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).exists() else {}
+    try:
+        results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).exists() else {}
+    except ValueError as error:
+        raise BadInput(f"{folder / RESULTS} is damaged ({error}); delete it and it is made again") from error
     results.pop("trained", None)
     results["steps"] = {s: result for s, result in results.get("steps", {}).items() if int(s) <= step}
     return results
@@ -1147,12 +1166,12 @@ def table(results: dict[str, Any]) -> str:
     base = results["base"]
     rows = [[f"pass@{k}"] + [f"{results[name]['pass_at_k'][k]:.1f}" for name in names] for k in base["pass_at_k"]]
     distinct = [f"{sum(results[name]['distinct']) / len(base['distinct']):.2f}" for name in names]
-    lines = [f"{len(base['correct'])} held-out problems, {base['n']} samples each, percent", f"{'':>10}" + "".join(f"{n:>10}" for n in names)]
-    lines += [f"{row[0]:>10}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
-    lines.append(f"{'distinct':>10}" + "".join(f"{cell:>10}" for cell in distinct) + "   correct answers a problem")
     for task in base["tasks"] if len(base["tasks"]) > 1 else ():
-        lines += [task, *(f"{f'pass@{k}':>10}" + "".join(f"{results[n]['tasks'][task][k]:10.1f}" for n in names) for k in base["pass_at_k"])]
-    return "\n".join(lines)
+        rows.append([task] + [""] * len(names))
+        rows += [[f"pass@{k}"] + [f"{results[name]['tasks'][task][k]:.1f}" for name in names] for k in base["pass_at_k"]]
+    lines = [f"{len(base['correct'])} held-out problems, {base['n']} samples each, percent"]
+    lines += ["".join(f"{cell:>10}" for cell in row) for row in (["", *names], *rows, ["distinct", *distinct])]
+    return "\n".join(lines) + "   correct answers a problem"
 
 
 def draw_pass_at_k(results: dict[str, Any], path: Path) -> None:

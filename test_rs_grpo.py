@@ -17,6 +17,7 @@ import threading
 import time
 import types
 from collections import deque
+from contextlib import nullcontext
 from decimal import Decimal, getcontext
 from fractions import Fraction
 from functools import partial
@@ -25,11 +26,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bandit
 import rs_grpo
-from experiments import math_tasks
-from experiments.math_tasks import equivalent, last_box, math_reward, math_rewards, plain_number
+from experiments import math_tasks, static_decoding
+from experiments.math_tasks import equivalent, last_box, math_rewards, plain_number
+from experiments.static_decoding import sample_static
 from rs_grpo import (
     ADVANTAGES,
     BadInput,
@@ -49,13 +53,14 @@ from rs_grpo import (
     load_policy,
     mahdavi_advantage,
     main,
+    math_reward,
     maxrl_advantage,
     mean_baseline_advantage,
+    next_indices,
     pass_at_k,
     pkpo_advantage,
     policy_gradient,
     random_expression,
-    next_indices,
     read_metrics,
     risk_sensitive_advantage,
     sample,
@@ -688,11 +693,12 @@ def test_a_run_killed_with_sigkill_at_any_moment_resumes_to_the_same_numbers(tin
         sys.executable, "rs_grpo.py", "--model", str(ROOT / "countdown-base"), "--prompts", "4", "--samples", "4", "--steps", "40",
         "--eval-problems", "2", "--eval-samples", "4", "--save-every", "3", "--device", "cpu",
     ]  # fmt: skip
-    subprocess.run([*command, "--out", tmp_path / "whole"], cwd=ROOT, check=True, capture_output=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # a second thread gains nothing here, and waits where the machine is busy
+    subprocess.run([*command, "--out", tmp_path / "whole"], cwd=ROOT, env=env, check=True, capture_output=True)
     run, rng, kills = tmp_path / "run", random.Random(0), 0
     extra: list[str] = []
-    for lines in (1, 11, 26):  # kill as soon as that many steps are done, and a moment later
-        process = subprocess.Popen([*command, "--out", run, *extra], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for lines in (1, 14):  # kill as soon as that many steps are done, and a moment later
+        process = subprocess.Popen([*command, "--out", run, *extra], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(read_metrics(run)) < lines:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
@@ -700,8 +706,8 @@ def test_a_run_killed_with_sigkill_at_any_moment_resumes_to_the_same_numbers(tin
         process.kill()
         process.wait()
         extra = ["--resume"]
-    subprocess.run([*command, "--out", run, "--resume"], cwd=ROOT, check=True, capture_output=True)
-    assert kills >= 2
+    subprocess.run([*command, "--out", run, "--resume"], cwd=ROOT, env=env, check=True, capture_output=True)
+    assert kills
     assert same(run, tmp_path / "whole")
 
 
@@ -1567,3 +1573,154 @@ def test_verls_group_ids_may_be_objects_numbers_or_a_tensor(verl_registry):
     for index in (np.array(["x", "y", "x", "y"], dtype=object), np.array([5, 0, 5, 0]), torch.tensor([5, 0, 5, 0])):
         advantages, _ = verl_registry["rs_grpo"](rewards, mask, index)
         assert advantages[:, 0].tolist() == pytest.approx([expected[0], 0, expected[1], 0], abs=1e-6)
+
+
+# --- the static cache of experiments/static_decoding.py ------------------------------------------------------------
+
+
+def draw_static(policy, samples=8, max_tokens=12, temperature=1.0, seed=0, prompts=PROMPTS, **options):
+    ids, mask = encode(policy, prompts)
+    generator = torch.Generator().manual_seed(seed)
+    return sample_static(policy.model, ids, mask, samples, max_tokens, temperature, policy.stop_ids, generator, **options)
+
+
+def assert_same(rollouts: Rollouts, others: Rollouts):
+    for name in ("prompt_ids", "prompt_mask", "owner", "ids", "mask"):
+        ours, theirs = getattr(rollouts, name), getattr(others, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+    assert rollouts.entropy == pytest.approx(others.entropy, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 12, 40])
+def test_greedy_completions_with_the_static_cache_equal_those_of_sample(policy, max_tokens):
+    prompts = [problem.prompt for problem in countdown_problems(40, held_out=True)] + PROMPTS
+    static = draw_static(policy, samples=2, max_tokens=max_tokens, temperature=1e-6, prompts=prompts)
+    assert_same(static, draw(policy, samples=2, max_tokens=max_tokens, temperature=1e-6, prompts=prompts))
+    assert max_tokens <= 2 or len(set(static.mask.sum(1).tolist())) > 1  # rows ended at different times
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_static_samples_are_distributed_as_the_models_softmax_at_the_temperature(policy, temperature):
+    n = 8000
+    rollouts = draw_static(policy, samples=n, max_tokens=2, temperature=temperature)
+    for i, prompt in enumerate(PROMPTS):
+        ids = policy.tokenizer(prompt).input_ids
+        rows = rollouts.ids[i * n : (i + 1) * n]
+        with torch.no_grad():
+            first = torch.softmax(policy.model(torch.tensor([ids])).logits[0, -1] / temperature, -1)
+            favourite = first.argmax().item()
+            logits = policy.model(torch.tensor([ids + [favourite]])).logits[0, -1]
+        second = torch.softmax(logits / temperature, -1)
+        for drawn, probs in ((rows[:, 0], first), (rows[rows[:, 0] == favourite, 1], second)):
+            share = torch.bincount(drawn, minlength=len(probs)) / len(drawn)
+            error = (probs * (1 - probs) / len(drawn)).sqrt()
+            assert ((share - probs).abs() < 5 * error + 1e-9).all()
+
+
+def test_a_static_completion_ends_with_its_first_eos_and_its_entropy_is_that_of_the_sampled_tokens(policy):
+    rollouts = draw_static(policy, samples=64, temperature=0.8)
+    eos = policy.tokenizer.eos_token_id
+    rows = [completion for _, completion in unpadded(rollouts)]
+    assert all(eos not in row[:-1] for row in rows)
+    assert 10 < sum(row[-1] == eos for row in rows) < len(rows) and all(len(row) == 12 for row in rows if row[-1] != eos)
+    assert (rollouts.mask.long().diff(dim=1) <= 0).all() and not rollouts.ids[~rollouts.mask].any()
+    entropies = []
+    with torch.no_grad():
+        for prompt, completion in unpadded(rollouts):
+            logits = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.8
+            entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
+    assert rollouts.entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
+def test_static_sampling_stops_soon_after_every_row_has_ended(policy):
+    calls = []
+    policy.model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    rollouts = draw_static(policy, samples=4, max_tokens=500)
+    longest = rollouts.mask.sum(1).max().item()
+    assert rollouts.ids.shape[1] == longest < 400 and longest <= len(calls) < longest + static_decoding.CHECK_EVERY
+    assert calls == [len(PROMPTS)] + [4 * len(PROMPTS)] * (len(calls) - 1)  # each prompt once, then shapes that never change
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph's rules on a CPU: what is recorded isn't executed, a replay runs it on the very same tensors.
+
+    Python doesn't run again, so a shape, number or branch that changes from step to step shows as a wrong result.
+    """
+
+    def __enter__(self):
+        self.calls, self.undo = [], []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), "waits for the GPU"
+        for argument, value in zip(func._schema.arguments, args):
+            if argument.alias_info and argument.alias_info.is_write:
+                self.undo.append((value, value.clone()))
+        output = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, output))
+        return output
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, before in reversed(self.undo):
+            tensor.copy_(before)
+
+    def replay(self):
+        for func, args, kwargs, output in self.calls:
+            for old, new in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    """`captured` as it stands, with a tape for the graph and no streams."""
+    stream, tapes = SimpleNamespace(wait_stream=lambda other: None), []
+    monkeypatch.setattr(static_decoding, "side_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: tapes.append(Tape()) or tapes[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    return tapes
+
+
+def architectures(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    sizes = dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.15, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    yield LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    yield Qwen2ForCausalLM(Qwen2Config(**sizes))
+    yield Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1.0])
+def test_a_step_recorded_once_and_replayed_draws_the_same_tokens(policy, graphs_on_cpu, temperature):
+    for model in architectures(policy.tokenizer):
+        each = policy._replace(model=model.eval())
+        plain = draw_static(each, max_tokens=40, temperature=temperature, graph=False)
+        assert_same(draw_static(each, max_tokens=40, temperature=temperature, graph=True), plain)
+        assert graphs_on_cpu and graphs_on_cpu[-1].calls
+        if temperature < 1:
+            assert_same(draw(each, max_tokens=40, temperature=temperature), plain)
+
+
+def test_static_decoding_refuses_a_model_with_a_sliding_window(policy):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=len(policy.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(BadInput, match="full attention"):
+        draw_static(policy._replace(model=MistralForCausalLM(config).eval()))
+
+
+def test_a_run_trains_with_static_decoding_in_the_place_of_sample(tiny, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(rs_grpo, "sample", lambda *args: calls.append(args) or sample_static(*args))
+    train(small(tiny, tmp_path, steps=2))
+    assert len(calls) >= 4 and len(read_metrics(tmp_path)) == 2  # two steps, and evaluations before and after
