@@ -960,9 +960,14 @@ def countdown_in_words(problem: Problem) -> Problem:
 
 
 def tagged_rewards(completions: Sequence[str], answers: Sequence[Any]) -> list[float]:
-    """`countdown_reward` of what stands between the only <answer> and </answer> of each completion."""
-    found = [re.findall(r"<answer>([^<>]{1,200})</answer>", text) if text.count("<answer>") == 1 else [] for text in completions]
-    return [countdown_reward(texts[0].strip(), *answer) if texts else 0.0 for texts, answer in zip(found, answers)]
+    """`countdown_reward` of what stands between the only <answer> and the only </answer> of each completion."""
+
+    def reward(text: str, answer: Any) -> float:
+        found = re.findall(r"<answer>([^<>]{1,200})</answer>", text)
+        once = len(found) == text.count("<answer>") == text.count("</answer>") == 1
+        return countdown_reward(found[0].strip(), *answer) if once else 0.0
+
+    return [reward(text, answer) for text, answer in zip(completions, answers)]
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------
@@ -994,7 +999,9 @@ def load_policy(config: Config) -> Policy:
     # Adding an update of 1e-6 to a weight of 1e-2 is lost in bfloat16's 8 bits: a model kept in it hardly learns. So
     # the weights that learn are float32, and sampling, bound by memory traffic, reads a bfloat16 copy made each step.
     low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    sampler = copy.deepcopy(model).to(torch.bfloat16) if low else model
+    sampler = copy.deepcopy(model) if low else model
+    for parameter in sampler.parameters() if low else ():
+        parameter.data = parameter.data.to(torch.bfloat16)  # not .to() of the model: rotary frequencies stay float32
     if config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(model, sampler, tokenizer, torch.tensor(sorted(stops), dtype=torch.long, device=device), device)

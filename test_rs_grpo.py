@@ -1724,3 +1724,491 @@ def test_a_run_trains_with_static_decoding_in_the_place_of_sample(tiny, tmp_path
     monkeypatch.setattr(rs_grpo, "sample", lambda *args: calls.append(args) or sample_static(*args))
     train(small(tiny, tmp_path, steps=2))
     assert len(calls) >= 4 and len(read_metrics(tmp_path)) == 2  # two steps, and evaluations before and after
+
+
+# --- real models, real mathematics --------------------------------------------------------------------------------
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3"]
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def architecture(request, tmp_path_factory) -> str:
+    """A folder with a random model of the architecture, grouped-query attention, and the embedded model's tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "countdown-base")
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(
+        request.param, vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.15, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing": True}, {"precision": "bfloat16", "updates": 2}], ids=str)
+def test_each_architecture_of_the_paper_trains_for_two_steps(architecture, tmp_path, changes):
+    before = load_policy(Config(model=architecture, device="cpu")).model.state_dict()
+    train(small(architecture, tmp_path / "run", steps=2, **changes))
+    assert [line["failed_updates"] for line in trajectory(tmp_path / "run")] == [0, 0]
+    moved = [name for name, w in weights(tmp_path / "run").items() if not torch.equal(w, before[name])]
+    assert set(moved) >= {name for name, _ in load_policy(Config(model=architecture)).model.named_parameters()} - {"lm_head.weight"}
+
+
+def test_a_checkpointed_model_learns_the_same_and_still_samples_through_the_cache(architecture):
+    """transformers drops the cache of a checkpointed layer with only a warning, and then samples nonsense."""
+    plain, policy = (load_policy(Config(model=architecture, device="cpu", checkpointing=on)) for on in (False, True))
+    shapes, layers = [], []
+    policy.model.base_model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape) if args else None)
+    policy.model.base_model.layers[0].self_attn.register_forward_hook(lambda *_: layers.append(1))
+    rollouts = draw(plain, temperature=0.7)
+    advantages = risk_sensitive_advantage(mixed_rewards(rollouts), 2.0)
+    with torch.no_grad(), rs_grpo.learning(policy) as model:
+        whole = completion_logprobs(model, rollouts, 0.7)
+    assert torch.allclose(whole, completion_logprobs(plain.model, rollouts, 0.7), atol=1e-5)
+    assert shapes == [(len(rollouts.ids), rollouts.prompt_ids.shape[1] + rollouts.ids.shape[1] - 1)] and len(layers) == 1
+
+    for each in (plain, policy):
+        with rs_grpo.learning(each) as model:
+            policy_gradient(model, [Batch(rollouts, advantages)], Config(temperature=0.7))
+    assert len(layers) == 3  # forward, and again in the backward pass
+    ours, reference = gradient(policy.model), gradient(plain.model)
+    assert (ours - reference).norm() < 1e-5 * reference.norm()
+    shapes.clear()
+    again = draw(policy, temperature=0.7)
+    assert torch.equal(again.ids, rollouts.ids) and {shape[1] for shape in shapes} == {1}
+    assert not any(layer.training for layer in policy.model.modules())
+
+
+def test_equal_completions_of_a_prompt_are_computed_once_with_the_gradient_of_all(policy, monkeypatch):
+    computed, original = [], rs_grpo.completion_logprobs
+    monkeypatch.setattr(
+        rs_grpo, "completion_logprobs", lambda m, part, t: computed.append(len(part.ids)) or original(m, part, t)
+    )
+    rollouts = draw(policy, samples=40, max_tokens=2, temperature=0.3, prompts=[*PROMPTS, PROMPTS[0]])
+    rows = list(unpadded(rollouts))
+    advantages = torch.randn(4, 40, generator=torch.Generator().manual_seed(2))
+    loss = policy_gradient(policy.model, [Batch(rollouts, advantages)], Config(temperature=0.3, micro_tokens=200))
+    ours = gradient(policy.model)
+    different = {(owner, *completion) for owner, (_, completion) in zip(rollouts.owner.tolist(), rows)}
+    assert sum(computed) == len(different) < 100 and len(computed) > 1  # equal prompts are groups of their own
+    tokens = rollouts.mask.sum()
+    plain = sum(
+        -a * plain_logprobs(policy.model, *row, 0.3).sum() / tokens for a, row in zip(advantages.flatten(), rows)
+    )
+    plain.backward()
+    reference = gradient(policy.model)
+    assert loss == pytest.approx(plain.item(), abs=1e-5) and (ours - reference).norm() < 1e-4 * reference.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 100])
+def test_chunked_log_probabilities_and_their_gradient_equal_the_plain_ones(rows, monkeypatch):
+    torch.manual_seed(3)
+    head, hidden, ids = torch.nn.Linear(8, 50, bias=False), torch.randn(17, 8, requires_grad=True), torch.randint(50, (17,))
+    plain = torch.log_softmax(head(hidden) / 0.7, -1)[range(17), ids]
+    upstream = torch.randn(17)
+    reference = torch.autograd.grad(plain, (hidden, head.weight), upstream)
+    sizes: list[int] = []
+    head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    monkeypatch.setattr(rs_grpo, "MAX_LOGITS", rows * 50)
+    chunked = rs_grpo.token_logprobs(head, hidden, ids, 0.7)
+    torch.testing.assert_close(chunked, plain)
+    torch.testing.assert_close(torch.autograd.grad(chunked, (hidden, head.weight), upstream), reference)
+    assert max(sizes) <= rows and sum(sizes) == (17 if rows >= 17 else 34)  # computed again, not kept
+
+
+STEP_OF_A_LARGE_VOCABULARY = """
+import resource, sys, torch, rs_grpo
+from transformers import LlamaConfig, LlamaForCausalLM
+P, N, T, V = 4, 5, 26, 150_000
+shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=V, tie_word_embeddings=True, **shape)).eval()
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+ids, mask = torch.randint(V, (P * N, T)), torch.ones(P * N, T, dtype=torch.bool)
+prompt = torch.randint(V, (P, 8))
+rollouts = rs_grpo.Rollouts(prompt, torch.ones_like(prompt), torch.arange(P).repeat_interleave(N), ids, mask, 0.0)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+rs_grpo.policy_gradient(model, [rs_grpo.Batch(rollouts, torch.randn(P, N))], rs_grpo.Config())
+optimizer.step()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB only there")
+def test_a_step_with_a_vocabulary_of_150_000_never_holds_all_logits():
+    """All of them are 4·20·26·150,000 bytes = 312 MB, and three times that with their softmax and gradient."""
+    done = subprocess.run([sys.executable, "-c", STEP_OF_A_LARGE_VOCABULARY], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 4 * rs_grpo.MAX_LOGITS < int(done.stdout) < 5 * 4 * rs_grpo.MAX_LOGITS < 2.5 * 4 * 20 * 26 * 150_000
+
+
+# --- several updates a batch, dynamic sampling ---
+
+
+def test_the_second_update_has_the_gradient_of_a_hand_written_ppo_loss(policy):
+    """π_old is the policy before the first update; every prompt is in one minibatch, with all its samples."""
+    import copy
+
+    config = Config(updates=2, prompts=5, micro_tokens=150, clip_low=0.1, clip_high=0.3, temperature=0.8)
+    prompts = [*PROMPTS, "2,2,3,3=7:", "1,5,5,12=20:"]
+    rollouts = draw(policy, samples=6, max_tokens=5, temperature=0.8, prompts=prompts)
+    advantages = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    advantages[2] = 0  # a group without a signal
+    old, rows = copy.deepcopy(policy.model), list(unpadded(rollouts))
+
+    updates = rs_grpo.minibatches(policy, [Batch(rollouts, advantages)], config)
+    policy_gradient(policy.model, next(updates), config)
+    for mine, step in (([0, 2, 4], 1.0), ([1, 3], None)):
+        terms, ratios, tokens = [], [], 0
+        for i in mine:
+            for j in range(6):
+                prompt, completion = rows[6 * i + j]
+                with torch.no_grad():
+                    before = plain_logprobs(old, prompt, completion, 0.8)
+                ratio = (plain_logprobs(policy.model, prompt, completion, 0.8) - before).exp()
+                a, tokens = advantages[i, j], tokens + len(completion)
+                terms += [torch.min(r * a, r.clamp(0.9, 1.3) * a) for r in ratio]
+                ratios += [(r.item(), a.item()) for r in ratio]
+        ours = gradient(policy.model)
+        (-sum(terms) / tokens).backward()
+        reference = gradient(policy.model)
+        assert (ours - reference).norm() < 1e-4 * reference.norm()
+        if step:  # here the ratio is 1, and the gradient the plain one
+            assert all(r == pytest.approx(1, abs=1e-4) for r, _ in ratios)
+            with torch.no_grad():
+                for p in policy.model.parameters():
+                    p.add_(0.05 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            policy_gradient(policy.model, next(updates), config)
+        else:  # ratios below, above and between the bounds (and within 1 ± 0.1), for advantages of both signs
+            places = {(sum(r > bound for bound in (0.9, 1.1, 1.3)), a > 0) for r, a in ratios if a}
+            assert len(places) == 8
+    assert next(updates, None) is None
+
+
+def test_one_update_a_step_is_on_policy_and_computes_no_ratio(policy, tiny, tmp_path, monkeypatch):
+    batches = [Batch(draw(policy), torch.ones(3, 8))]
+    assert list(rs_grpo.minibatches(policy, batches, Config())) == [batches]
+    scored, learned, original = [], [], rs_grpo.policy_gradient
+    logprobs = rs_grpo.completion_logprobs
+
+    def learning(model, batches, config):
+        learned.append([batch.old_logprobs is None for batch in batches])
+        return original(model, batches, config)
+
+    monkeypatch.setattr(rs_grpo, "completion_logprobs", lambda *a: scored.append(torch.is_grad_enabled()) or logprobs(*a))
+    monkeypatch.setattr(rs_grpo, "policy_gradient", learning)
+    train(small(tiny, tmp_path / "one", steps=2))
+    assert learned == [[True]] * 2 and all(scored)
+    learned.clear()
+    train(small(tiny, tmp_path / "two", steps=2, updates=2))
+    assert learned == [[False]] * 4 and not all(scored)
+
+
+@pytest.mark.parametrize("changes", [{"updates": 3}, {"precision": "bfloat16"}, {"checkpointing": True}], ids=str)
+def test_every_way_to_learn_resumes_to_the_same_numbers(tiny, tmp_path, changes):
+    train(small(tiny, tmp_path / "whole", steps=4, **changes))
+    train(small(tiny, tmp_path / "run", steps=2, **changes))
+    train(small(tiny, tmp_path / "run", steps=4, **changes), resume=True)
+    assert same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("with_signal, bound, draws", [(1, 10, 4), (3, 10, 2), (4, 10, 1), (0, 2, 3), (1, 1, 2), (0, 0, 1)])
+def test_dynamic_sampling_draws_until_enough_groups_have_a_signal_and_not_for_ever(
+    tiny, tmp_path, monkeypatch, with_signal, bound, draws
+):
+    seen, original = [], rs_grpo.policy_gradient
+    monkeypatch.setitem(ADVANTAGES, "graded", lambda r, c: graded(r, c) * (torch.arange(len(r)) < with_signal)[:, None])
+    monkeypatch.setattr(rs_grpo, "policy_gradient", lambda m, b, c: seen.append(len(b)) or original(m, b, c))
+    train(small(tiny, tmp_path / "run", steps=2, dynamic_sampling=bound))
+    assert seen == [draws] * 2
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["state"]["drawn"] == 2 * draws * 4
+    assert bool(saved["optimizer"]["state"]) == (with_signal > 0)
+
+
+# --- precision ---
+
+
+def test_updates_too_small_for_bfloat16_are_kept_by_the_master_weights_and_the_sampler_is_their_rounding(
+    tiny, tmp_path, monkeypatch
+):
+    """The trap of small trainers: a weight of 0.1 kept in bfloat16 moves by 0.0005 or not at all."""
+    policies, products, original = [], [], rs_grpo.roll_out
+
+    def watching(policy, *args):
+        for sampling, learning in zip(policy.sampler.parameters(), policy.model.parameters()):
+            assert sampling.dtype == torch.bfloat16 and learning.dtype == torch.float32
+            assert torch.equal(sampling, learning.bfloat16())
+        if not policies:
+            layer = policy.model.base_model.layers[0].mlp.down_proj
+            layer.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
+        policies.append(policy)
+        return original(policy, *args)
+
+    monkeypatch.setattr(rs_grpo, "roll_out", watching)
+    train(small(tiny, tmp_path / "run", lr=1e-6, precision="bfloat16", steps=3))
+    assert set(products) == {torch.bfloat16}
+    base, kept, lost = load_policy(Config(model=tiny, device="cpu")).model.state_dict(), 0, 0
+    for name, trained in weights(tmp_path / "run").items():
+        assert trained.dtype == torch.float32 and (trained - base[name]).abs().max() < 1e-5
+        kept += (trained != base[name]).sum().item()
+        lost += (base[name].bfloat16() + (trained - base[name]).bfloat16() == base[name].bfloat16()).sum().item()
+    total = sum(w.numel() for w in base.values())
+    assert kept > 0.5 * total and lost > 0.98 * total
+
+
+def test_the_bfloat16_sampler_keeps_the_rotation_of_far_positions(tiny):
+    """Rotary frequencies rounded to 8 bits turn position 500 by a radian too much or too little."""
+    policy = load_policy(Config(model=tiny, device="cpu", precision="bfloat16"))
+    for (name, sampling), (_, learning) in zip(policy.sampler.named_buffers(), policy.model.named_buffers()):
+        assert torch.equal(sampling, learning), name
+
+
+# --- tasks ---
+
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line after \"Answer:\"."
+)
+
+
+def dapo(problem: str, answer: str) -> dict:
+    return {"prompt": [{"role": "user", "content": DAPO.format(problem)}], "reward_model": {"ground_truth": answer}}
+
+
+# What stands on the hub, by hub id, configuration and split, and the columns of each; three problems and their answers.
+PAIRS = [("What is 1+1?", "2"), ("Halve 1.\n\nAs a fraction.", r"\frac{1}{2}"), ("Six by seven?", "42")]
+ON_THE_HUB = {
+    "math12k train": ("hiyouga/math12k None train", lambda q, a: {"problem": q, "answer": a}),
+    "math12k test": ("hiyouga/math12k None test", lambda q, a: {"problem": q, "answer": a}),
+    "dapo17k train": ("BytedTsinghua-SIA/DAPO-Math-17k None train", dapo),
+    "deepmath103k train": ("zwhe99/DeepMath-103K None train", lambda q, a: {"question": q, "final_answer": a, "r1_solution_1": "#### 7"}),
+    "gsm8k train": ("openai/gsm8k main train", lambda q, a: {"question": q, "answer": f"It is <<3-1=2>>2.\n#### {a}"}),
+    "gsm8k test": ("openai/gsm8k main test", lambda q, a: {"question": q, "answer": f"So\n#### {a}"}),
+    "math500 test": ("HuggingFaceH4/MATH-500 None test", lambda q, a: {"problem": q, "solution": "...", "answer": a}),
+    "aime24 test": ("HuggingFaceH4/aime_2024 None train", lambda q, a: {"id": 60, "problem": q, "solution": "...", "answer": a}),
+    "aime25 test": ("MathArena/aime_2025 None train", lambda q, a: {"problem_idx": 1, "answer": a, "problem": q}),
+    "hmmt24 test": ("MathArena/hmmt_feb_2024 None train", lambda q, a: {"problem": q, "answer": a}),
+    "hmmt25 test": ("MathArena/hmmt_feb_2025 None train", lambda q, a: {"problem": q, "answer": a}),
+    "cmimc25 test": ("MathArena/cmimc_2025 None train", lambda q, a: {"problem": q, "answer": a}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the datasets library that reads a local file per data set; returns what was asked for."""
+    asked: list[str] = []
+
+    def load_dataset(path, name=None, *, split):
+        asked.append(f"{path} {name} {split}")
+        file = tmp_path / "hub" / f"{path} {name} {split}.jsonl"
+        if not file.exists():
+            raise ConnectionError(f"Couldn't reach '{path}' on the Hub\nfor a reason of three lines\nin all")
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    for place, row in ON_THE_HUB.values():
+        write_rows(tmp_path / "hub" / f"{place}.jsonl", [row(*pair) for pair in PAIRS])
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(math_tasks, "start_verifier", lambda: None)  # a random model writes no box
+    monkeypatch.setattr(math_tasks, "idle_verifiers", [])
+    return asked
+
+
+def write_rows(path: Path, rows: list) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def asked_of(problems) -> list[str]:
+    return [problem.prompt for problem in problems]
+
+
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_each_named_set_is_read_from_its_place_and_its_columns(hub, name):
+    short, use = name.split()
+    assert math_tasks.load_problems(short, evaluating=use == "test") == dict(PAIRS)
+    assert hub == [ON_THE_HUB[name][0]]
+    assert {name.split()[0] for name in ON_THE_HUB} == set(math_tasks.HUB)
+
+
+@pytest.mark.parametrize("name", [name.split()[0] for name in ON_THE_HUB if name.endswith("train")])
+def test_each_named_training_set_trains_and_is_evaluated_on_another(hub, tiny, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(math_tasks.HUB, "other", ("hiyouga/math12k", None, "test", "other"))
+    write_rows(tmp_path / "hub" / "hiyouga/math12k None other.jsonl", [{"problem": "2+2?", "answer": 4}])
+    train(small(tiny, tmp_path / "run", steps=1, task=name, eval_task="other", prompts=3))
+    assert len(trajectory(tmp_path / "run")) == 1
+
+
+def test_each_of_dapos_repeated_problems_is_kept_once_without_its_instruction(hub, tmp_path):
+    rows = [dapo(*PAIRS[i % 3]) for i in range(30)]
+    write_rows(tmp_path / "hub" / "BytedTsinghua-SIA/DAPO-Math-17k None train.jsonl", rows)
+    assert list(math_tasks.load_problems("dapo17k", evaluating=False).items()) == PAIRS
+
+
+def test_a_file_is_split_by_a_hash_into_disjoint_parts_and_nothing_is_lost(hub, tmp_path):
+    rows = [{"problem": f"How much is {i} and 1?", "answer": i + 1, "more": [i]} for i in range(300)]
+    config = partial(Config, eval_problems=1000)
+    file = write_rows(tmp_path / "own.jsonl", rows + rows[:50])
+    task = rs_grpo.load_task(config(task=file))
+    assert sorted(asked_of(task.train + task.held_out)) == sorted(row["problem"] for row in rows)
+    assert 10 < len(task.held_out) < 60 and all(p.answer == str(int(p.prompt.split()[3]) + 1) for p in task.train)
+    fewer = rs_grpo.load_task(config(task=write_rows(tmp_path / "half.jsonl", rows[:150]), seed=1))
+    assert set(fewer.train) < {p._replace(task="half") for p in task.train}  # neither order, size nor seed moves a problem
+
+    bench = write_rows(tmp_path / "bench.jsonl", [{"question": row["problem"] + " ", "answer": "#### 7"} for row in rows[:100]])
+    task = rs_grpo.load_task(config(task=file, eval_task=bench))
+    assert asked_of(task.held_out) == [row["problem"] for row in rows[:100]]  # all of them, and none is trained on
+    assert asked_of(task.train) == [row["problem"] for row in rows[100:]] and {p.answer for p in task.held_out} == {"7"}
+    task = rs_grpo.load_task(Config(task=file, eval_task=bench, eval_problems=5, train_problems=7))
+    assert len(task.held_out) == 5 and len(task.train) == 7
+
+
+def test_a_line_is_what_ends_in_a_newline_whatever_characters_a_problem_holds(tmp_path):
+    texts = ["1\u2028 2\x85 3\x0c", "é", "  4 "]
+    lines = [json.dumps({"problem": text, "answer": "1"}, ensure_ascii=False) for text in texts]
+    (tmp_path / "own.jsonl").write_bytes(("\r\n\n".join(lines) + "\n\n").encode())
+    assert list(math_tasks.load_problems(str(tmp_path / "own.jsonl"), False)) == [text.strip() for text in texts]
+
+
+def test_several_tasks_are_evaluated_with_pass_at_k_for_each(verifiers, hub, tiny, tmp_path, capsys):
+    own = write_rows(tmp_path / "own.jsonl", [{"problem": f"{i}?", "answer": str(i)} for i in range(20)])
+    flags = f"--model {tiny} --task {own} --eval-task gsm8k,aime24 --steps 1 --prompts 4 --samples 4 --eval-samples 64"
+    main([*flags.split(), "--out", str(tmp_path / "run"), "--max-tokens", "3", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for result in results.values():
+        if "tasks" not in result:
+            continue
+        assert set(result["tasks"]) == {"gsm8k", "aime24"} and len(result["correct"]) == 6
+        for name, counts in (("gsm8k", result["correct"][:3]), ("aime24", result["correct"][3:])):
+            expected = [100 * sum(pass_at_k(64, c, k) for c in counts) / 3 for k in (1, 2, 4, 8, 16, 32, 64)]
+            assert list(result["tasks"][name].values()) == pytest.approx(expected)
+        assert result["correct"][0] > 0  # the last number is 2 now and then
+    assert all(f"{name}" in printed for name in ("gsm8k", "aime24")) and printed.count("pass@64") == 3
+    assert "a prompt as the model sees it" in printed
+
+
+MALFORMED_FILES = {
+    "missing": None,
+    "empty": b"",
+    "one problem": b'{"problem": "1?", "answer": "1"}\n',
+    "no JSON": b"problem,answer\n1?,1\n",
+    "cut short": b'{"problem": "1?", "answer": "1"}\n{"problem": "2?", "ans',
+    "no answer": b'{"problem": "1?"}\n',
+    "other columns": b'{"text": "1?", "label": "1"}\n',
+    "a number": b"5\n",
+    "a list": b'["problem", "answer"]\n',
+    "a text": b'"problem"\n',
+    "null": b"null\n",
+    "not UTF-8": b'{"problem": "\xff", "answer": "1"}\n',
+    "half a character": b'{"problem": "\\ud800 1?", "answer": "1"}\n{"problem": "2?", "answer": "1"}\n',
+    "deep": b"[" * 200_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED_FILES)
+def test_a_malformed_file_gets_one_sentence_and_exit_status_2(hub, name, tmp_path, capsys, tiny):
+    file = tmp_path / "own.jsonl"
+    if MALFORMED_FILES[name] is not None:
+        file.write_bytes(MALFORMED_FILES[name])
+    assert "own.jsonl" in complaint(capsys, "--model", tiny, "--task", file, "--out", tmp_path / "run")
+    good = write_rows(tmp_path / "good.jsonl", [{"problem": f"{i}?", "answer": "1"} for i in range(40)])
+    if name != "one problem":  # enough to evaluate on
+        message = complaint(capsys, "--model", tiny, "--task", good, "--eval-task", file, "--steps", 0, "--out", tmp_path / "other")
+        assert "own.jsonl" in message
+
+
+def test_without_the_hub_or_its_library_a_sentence_names_the_file_that_would_do(hub, capsys, tmp_path, monkeypatch):
+    (tmp_path / "hub" / "openai/gsm8k main train.jsonl").unlink()
+    message = complaint(capsys, "--task", "gsm8k", "--out", tmp_path / "run")
+    assert "openai/gsm8k" in message and "Couldn't reach" in message and ".jsonl file with problem and answer" in message
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in complaint(capsys, "--task", "math12k", "--out", tmp_path / "run")
+
+
+# --- prompts ---
+
+
+@pytest.fixture
+def talker(policy):
+    """The tiny policy with a tokenizer of bytes that adds a BOS by itself, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["<s>", "</s>", *letters])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return policy._replace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"))
+
+
+TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[model]{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template, instruction, expected",
+    [
+        (None, "", "<s>{}"),  # the compact Countdown
+        (TEMPLATE, "", "<s>{}"),
+        (None, "Box it.", "<s>{}\nBox it.\n\n"),
+        (TEMPLATE, "Box it.", "<s>[user]{}\nBox it.[model]"),
+        (TEMPLATE.removeprefix("<s>"), "Box it.", "[user]{}\nBox it.[model]"),  # a template without one means it
+    ],
+)
+def test_a_prompt_goes_through_the_chat_template_if_there_is_one_and_has_one_bos(talker, template, instruction, expected):
+    talker.tokenizer.chat_template = template
+    problems = ["1+1?", "What is the half of é?"]
+    ids, mask = encode(talker, problems, instruction)
+    assert [talker.tokenizer.decode(row[m.bool()]) for row, m in zip(ids, mask)] == [expected.format(p) for p in problems]
+    assert mask[0, 0] == 0 and mask[:, -1].all() and (ids == 0)[mask.bool()].sum() == 2 * expected.count("<s>")
+
+
+def test_pretrained_models_are_told_what_the_reward_looks_for(hub, tmp_path):
+    own = write_rows(tmp_path / "own.jsonl", [{"problem": f"{i}?", "answer": "1"} for i in range(40)])
+    assert "step by step" in (told := rs_grpo.load_task(Config(task=own)).instruction) and r"\boxed{}" in told
+    assert rs_grpo.load_task(Config(task=own, instruction="Be short.")).instruction == "Be short."
+    assert rs_grpo.load_task(Config()).instruction == ""
+    task = rs_grpo.load_task(Config(task="countdown-text", train_problems=50))
+    assert "<answer>" in task.instruction and not {p.prompt for p in task.train} & {p.prompt for p in task.held_out}
+    for problem in task.train:
+        numbers, target = problem.answer
+        assert ", ".join(map(str, numbers)) in problem.prompt and f"equals {target}." in problem.prompt
+
+
+@pytest.mark.parametrize(
+    "completion, reward",
+    [
+        ("<answer>4*(9-7)*(12-6)</answer>", 1),
+        ("Let me see: 4+7 is <b>11</b>.\n<answer>\n 4 * (9-7) * (12-6) \n</answer> Done.", 1),
+        ("4*(9-7)*(12-6)", 0),
+        ("<answer>4*(9-7)*12</answer>", 0),
+        ("<answer>4*(9-7)*(12-6)=48</answer>", 0),
+        ("<answer>4*(9-7)*(12-6)", 0),
+        ("4*(9-7)*(12-6)</answer>", 0),
+        ("</answer>4*(9-7)*(12-6)<answer>", 0),
+        ("<answer></answer>", 0),
+        ("<answer>1</answer> no, <answer>4*(9-7)*(12-6)</answer>", 0),
+        ("<answer>4*(9-7)*(12-6)</answer><answer>4*(9-7)*(12-6)</answer>", 0),
+        ("<answer><answer>4*(9-7)*(12-6)</answer></answer>", 0),
+        ("<answer>4*(9-7)*(12-6)<answer></answer>", 0),
+        ("<answer>4*(9-7)*(12-6)</answer></answer>", 0),
+        ("<ANSWER>4*(9-7)*(12-6)</ANSWER>", 0),
+        ("<answer>" * 100_000, 0),
+        ("<answer>" + "4" * 1_000_000 + "</answer>", 0),
+        ("<answer>4" + "+0" * 99 + "</answer>", 0),
+    ],
+)  # fmt: skip
+def test_countdown_in_words_is_judged_by_the_expression_between_the_only_answer_tags(completion, reward):
+    started = time.perf_counter()
+    assert rs_grpo.tagged_rewards([completion, ""], [((4, 6, 7, 9, 12), 48)] * 2) == [reward, 0]
+    assert time.perf_counter() - started < 0.1
+
+
+def test_countdown_in_words_trains(tiny, tmp_path):
+    train(small(tiny, tmp_path / "run", steps=1, task="countdown-text"))
+    assert len(trajectory(tmp_path / "run")) == 1

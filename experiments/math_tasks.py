@@ -58,8 +58,9 @@ def load_problems(name: str, evaluating: bool) -> dict[str, str]:
             ) from error
     else:
         try:
-            rows = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
+            rows = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").split("\n") if line.strip()]
+            json.dumps(rows, ensure_ascii=False).encode()  # half a character, \ud800, is JSON but no text
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{name} can't be read as JSON lines ({_first_line(error)}); mend it or give another file") from error
     problems: dict[str, str] = {}
     for row in rows:
@@ -73,6 +74,8 @@ def load_problems(name: str, evaluating: bool) -> dict[str, str]:
             text = "\n\n".join(str(text).split("\n\n")[1:-1]) or text
         answer = str(answer).rpartition("####")[2].strip()  # GSM8K's answer follows its solution
         problems.setdefault(str(text).strip(), answer)
+    if not problems:
+        raise ValueError(f"{name} holds no problem; give a file with a problem and an answer in each line")
     return problems
 
 
