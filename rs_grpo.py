@@ -105,8 +105,8 @@ class Config:
     train_problems: int = option(10_000, "size of the training set, gone through in epochs without replacement")
     max_tokens: int = option(20, "longest completion in tokens; Countdown's longest sensible answer has 16")
     eval_problems: int = option(128, "held-out problems to evaluate on")
-    eval_samples: int = option(256, "completions for each of them, so the largest k of pass@k")
-    eval_rows: int = option(1024, "completions sampled at once in an evaluation: memory")
+    eval_samples: int = option(0, "completions for each, so the largest k; 0 is 256 on Countdown, --samples elsewhere")
+    eval_rows: int = option(512, "completions sampled at once in an evaluation: memory")
     eval_every: int = option(0, "also evaluate every so many steps; 0 is only before and after")
     save_every: int = option(50, "steps between checkpoints: the most that a kill can cost")
     micro_tokens: int = option(4096, "tokens in one forward and backward pass: sets memory and speed, not the gradient")
@@ -123,7 +123,7 @@ class Config:
             value, kind = getattr(self, f.name), type(f.default)
             expect(type(value) is kind or (kind is float and type(value) is int), f.name, f"of type {kind.__name__}")
         for name in (f.name for f in fields(self) if type(f.default) is int):
-            least = 0 if name in ("steps", "eval_every", "seed", "dynamic_sampling") else 1
+            least = 0 if name in ("steps", "eval_samples", "eval_every", "seed", "dynamic_sampling") else 1
             expect(getattr(self, name) >= least, name, f"at least {least}")
         expect(self.updates <= self.prompts, "updates", f"at most --prompts, {self.prompts}")
         expect(0 < self.clip_low < 1, "clip_low", "between 0 and 1")
@@ -648,7 +648,7 @@ def minibatches(policy: Policy, batches: Sequence[Batch], config: Config) -> Ite
     for rollouts, advantages, _ in batches:
         old = torch.zeros(rollouts.mask.shape, device=policy.device)  # (B, T)
         with torch.no_grad(), learning(policy) as model:
-            for rows in micro_batches(rollouts, advantages.to(policy.device).flatten(), config.micro_tokens):
+            for rows in micro_batches(rollouts, merge_equal(rollouts, advantages), config.micro_tokens):
                 logprobs = completion_logprobs(model, take(rollouts, rows), config.temperature)
                 old[rows, : logprobs.shape[1]] = logprobs
         scored.append(Batch(rollouts, advantages, old))
@@ -732,7 +732,7 @@ def evaluate(policy: Policy, task: Task, config: Config, interrupted: Callable[[
     per problem), `pass_at_k` (k as text → percent), and `tasks`, the same per task where the problems are of several.
     The random numbers are the same at every call.
     """
-    n, problems = config.eval_samples, task.held_out
+    n, problems = config.eval_samples or (256 if config.task == "countdown" else config.samples), task.held_out
     generator = torch.Generator(policy.device).manual_seed(config.seed + EVALUATION_SEED)
     correct, distinct = [], []
     at_once = max(1, config.eval_rows // n)  # problems
@@ -917,7 +917,7 @@ IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed
 
 def load_task(config: Config) -> Task:
     """The task that `config` names, its problems the same for every seed. Raises BadInput if it can't be had."""
-    names = [config.task, *filter(None, config.eval_task.split(","))]
+    names = [config.task, *filter(None, map(str.strip, config.eval_task.split(",")))]
     if set(names) <= {"countdown"} or set(names) <= {"countdown-text"}:
         train = countdown_problems(config.train_problems, held_out=False)
         held_out = countdown_problems(config.eval_problems, held_out=True)

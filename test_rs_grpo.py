@@ -803,7 +803,7 @@ def complaint(capsys, *flags) -> str:
 @pytest.mark.parametrize(
     "flags",
     [
-        "--samples 1", "--samples 0", "--prompts 0", "--prompts -3", "--steps -1", "--max-tokens 0", "--eval-samples 0",
+        "--samples 1", "--samples 0", "--prompts 0", "--prompts -3", "--steps -1", "--max-tokens 0", "--eval-samples -1",
         "--eval-problems 0", "--train-problems 0", "--train-problems 10000000", "--save-every 0", "--eval-every -1",
         "--beta nan", "--beta inf", "--beta x", "--lr nan", "--lr inf", "--lr 0", "--lr -1e-4", "--temperature 0",
         "--temperature -1", "--temperature nan", "--advantage best", "--task chess", "--steps 1.5", "--seed -1",

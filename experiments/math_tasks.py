@@ -70,8 +70,8 @@ def load_problems(name: str, evaluating: bool) -> dict[str, str]:
                 break
         else:
             raise ValueError(f"{name} has a row without a problem and its answer; every row must hold problem and answer")
-        if name == "dapo17k" or columns is COLUMNS[-1]:  # DAPO wraps each problem in an instruction, before and after it
-            text = "\n\n".join(str(text).split("\n\n")[1:-1]) or text
+        if str(text).startswith("Solve the following math problem step by step."):  # DAPO's, before and after a problem
+            text = "\n\n".join(str(text).split("\n\n")[1:-1])
         answer = str(answer).rpartition("####")[2].strip()  # GSM8K's answer follows its solution
         problems.setdefault(str(text).strip(), answer)
     if not problems:
