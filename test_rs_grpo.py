@@ -68,6 +68,7 @@ from rs_grpo import (
 )
 
 ROOT = Path(__file__).resolve().parent
+torch.set_num_threads(1)  # models this small gain nothing from a second thread, and wait for it where a core is busy
 ESTIMATORS = dict(ADVANTAGES)  # before a test adds its own
 
 
