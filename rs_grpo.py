@@ -106,7 +106,7 @@ class Config:
     max_tokens: int = option(20, "longest completion in tokens; Countdown's longest sensible answer has 16")
     eval_problems: int = option(128, "held-out problems to evaluate on")
     eval_samples: int = option(0, "completions for each, so the largest k; 0 is 256 on Countdown, --samples elsewhere")
-    eval_rows: int = option(512, "completions sampled at once in an evaluation: memory")
+    eval_rows: int = option(256, "completions sampled at once in an evaluation: memory")
     eval_every: int = option(0, "also evaluate every so many steps; 0 is only before and after")
     save_every: int = option(50, "steps between checkpoints: the most that a kill can cost")
     micro_tokens: int = option(4096, "tokens in one forward and backward pass: sets memory and speed, not the gradient")
