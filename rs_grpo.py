@@ -564,9 +564,11 @@ def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> T
         hidden = out.last_hidden_state[:, length - 1 :]  # (B, T, D)
     else:
         first, cache = prefill(model, rollouts.prompt_ids, rollouts.prompt_mask)  # (P, D)
-        hidden = first[rollouts.owner][:, None]  # (B, 1, D)
+        hidden = first.index_select(0, rollouts.owner)[:, None]  # (B, 1, D)
         if ids.shape[1] > 1:
-            cache.batch_select_indices(rollouts.owner)
+            for layer in cache.layers:  # index_select: its backward pass adds up in a fixed order, that of [] doesn't
+                layer.keys = layer.keys.index_select(0, rollouts.owner)
+                layer.values = layer.values.index_select(0, rollouts.owner)
             positions = positions[:, length:]
             out = model.base_model(ids[:, :-1], attention_mask=attended, position_ids=positions, past_key_values=cache)
             hidden = torch.cat([hidden, out.last_hidden_state], 1)  # (B, T, D)

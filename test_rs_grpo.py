@@ -554,6 +554,19 @@ def test_the_gradient_equals_that_of_a_plain_unshared_unskipped_loss_however_the
     assert (ours - reference).norm() < 1e-5 * reference.norm()
 
 
+def test_the_gradient_is_the_same_bit_for_bit_on_several_threads():
+    policy = load_policy(Config(device="cpu"))
+    rollouts = draw(policy, samples=32, prompts=[problem.prompt for problem in countdown_problems(16, held_out=True)])
+    advantages = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    torch.set_num_threads(2)
+    gradients = []
+    for _ in range(8):
+        policy_gradient(policy.model, [Batch(rollouts, advantages)], Config(micro_tokens=10**9))
+        gradients.append(gradient(policy.model))
+    torch.set_num_threads(1)
+    assert all(torch.equal(gradients[0], other) for other in gradients)
+
+
 def test_groups_without_a_signal_are_never_computed(policy, monkeypatch):
     rollouts = draw(policy)
     computed = []
