@@ -1235,7 +1235,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130, f"\nstopped; go on with: python rs_grpo.py --resume --out {config.run_folder}\n")
     print(table(results))
-    print(f"everything is in {config.run_folder}/; the trained model in {config.run_folder / 'model'}/")
+    trained = f"; the trained model in {config.run_folder / 'model'}/" if config.steps else ""
+    print(f"everything is in {config.run_folder}/{trained}")
 
 
 if __name__ == "__main__":
