@@ -388,25 +388,30 @@ def countdown_problems(count: int, held_out: bool) -> list[Problem]:
 
 
 def countdown_reward(completion: str, numbers: Sequence[int], target: int) -> float:
-    """1.0 if `completion` is an expression that uses each number exactly once and equals `target`, else 0.0.
+    """1.0 if `completion` is an expression that uses each number exactly once and equals `target`, else 0.0."""
+    return float(countdown_value(completion, numbers) == target)
+
+
+def countdown_value(completion: str, numbers: Sequence[int]) -> int | Fraction | None:
+    """The value of `completion` if it is an expression that uses each number exactly once, else None.
 
     A completion is hostile input: it is matched against the grammar below and never evaluated by Python. Length is
     bounded (and with it nesting and the size of every number), arithmetic is exact, and whatever the grammar doesn't
-    know (unary signs, `**`, `//`, other digits than 0-9, a second answer, the prompt again) earns 0.
+    know (unary signs, `**`, `//`, other digits than 0-9, a second answer, the prompt again) is no answer.
 
         sum := product (('+' | '-') product)*    product := atom (('*' | '/') atom)*    atom := number | '(' sum ')'
     """
     if len(completion) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", completion):
-        return 0.0
+        return None
     tokens = re.findall(r"[0-9]+|[^0-9 ]", completion)
     if sorted(t for t in tokens if t[0] in "0123456789") != sorted(map(str, numbers)):
-        return 0.0
+        return None
     tokens.reverse()  # so that pop() takes the next one
     try:
         value = _parse(tokens)
     except (IndexError, ValueError, ZeroDivisionError):  # ends too early, something else where a number belongs, x/0
-        return 0.0
-    return float(not tokens and value == target)
+        return None
+    return None if tokens else value
 
 
 def _parse(tokens: list[str], level: int = 0) -> int | Fraction:
@@ -493,37 +498,40 @@ def sample(
 ) -> Rollouts:
     """Draw `samples` completions of each prompt from softmax(logits / temperature), nothing cut off.
 
-    Each prompt is run once and its cache handed to all its samples. A row that drew one of `stop_ids` (S,) leaves the
-    batch, so the last steps run on the few longest rows alone.
+    Samples of a prompt that are equal so far are one row of the batch: at first all of them, so that each prompt is run
+    once and its cache shared, then fewer and fewer. A sample that drew one of `stop_ids` (S,) leaves the batch, so the
+    last steps run on the few longest alone.
     """
-    head = model.get_output_embeddings()
-    hidden, cache = prefill(model, prompt_ids, prompt_mask)
-    cache.batch_repeat_interleave(samples)
-    hidden = hidden.repeat_interleave(samples, 0)  # (B, D)
-    mask = prompt_mask.repeat_interleave(samples, 0)  # (B, L), growing by one column a token
-    rows = torch.arange(len(mask), device=mask.device)  # (B',): which rows are still being written
-    ids = torch.zeros(len(mask), max_tokens, dtype=torch.long, device=mask.device)  # (B, T)
-    lengths = torch.zeros_like(rows)  # (B,)
-    entropy = torch.zeros((), dtype=torch.float64, device=mask.device)
+    head, device = model.get_output_embeddings(), prompt_ids.device
+    hidden, cache = prefill(model, prompt_ids, prompt_mask)  # R = P rows
+    mask = prompt_mask  # (R, L), growing by one column a token
+    going = torch.arange(len(prompt_ids) * samples, device=device)  # (B',): which samples are still being written
+    owner = row = going // samples  # (B',): the row that holds what each of them has so far
+    ids = torch.zeros(len(going), max_tokens, dtype=torch.long, device=device)  # (B, T)
+    lengths = torch.zeros_like(going)  # (B,)
+    entropy = torch.zeros((), dtype=torch.float64, device=device)
     for t in range(max_tokens):
-        probs = torch.softmax(head(hidden).float() / temperature, -1)  # (B', V)
+        logits = head(hidden[row]).float() / temperature
+        probs = torch.softmax(logits, -1)  # (B', V)
         token = torch.multinomial(probs, 1, generator=generator).squeeze(1)  # (B',)
-        ids[rows, t] = token
-        lengths[rows] = t + 1
+        ids[going, t] = token
+        lengths[going] = t + 1
         entropy += torch.special.entr(probs).sum()
-        going = (~torch.isin(token, stop_ids)).nonzero().squeeze(1)
-        if t + 1 == max_tokens or len(going) == 0:
+        unfinished = ~torch.isin(token, stop_ids)
+        if t + 1 == max_tokens or not unfinished.any():
             break
-        if len(going) < len(rows):
-            rows, token, mask = rows[going], token[going], mask[going]
-            cache.batch_select_indices(going)
-        positions = mask.sum(1, keepdim=True)  # (B', 1): the tokens before this one
+        going, row, token = going[unfinished], row[unfinished], token[unfinished]
+        fork, row = (row * logits.shape[1] + token).unique(return_inverse=True)  # (R',): one row per different text
+        parent, token = fork // logits.shape[1], fork % logits.shape[1]
+        if len(parent) != len(mask) or (parent.diff() != 1).any():
+            cache.batch_select_indices(parent)
+            mask = mask[parent]
+        positions = mask.sum(1, keepdim=True)  # (R', 1): the tokens before this one
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         out = model.base_model(token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache)
         hidden = out.last_hidden_state[:, -1]
     ids = ids[:, : t + 1]
-    completion_mask = torch.arange(t + 1, device=ids.device) < lengths[:, None]  # (B, T)
-    owner = torch.arange(len(prompt_ids), device=ids.device).repeat_interleave(samples)
+    completion_mask = torch.arange(t + 1, device=device) < lengths[:, None]  # (B, T)
     return Rollouts(prompt_ids, prompt_mask, owner, ids, completion_mask, (entropy / lengths.sum()).item())
 
 
