@@ -37,7 +37,6 @@ import os
 import random
 import re
 import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,10 +62,8 @@ MAX_FAILURES = 3  # updates in a row that were not finite before a run gives up
 MAX_LOGITS = 2**25  # logits in memory at once while learning: 128 MiB
 EVALUATION_SEED = 1_000_003  # added to --seed, so that evaluation and training draw different numbers
 SOLVED = 1.0  # a problem is solved by a completion with this reward
-PROGRESS = (
-    "reward {reward:.2f} solved {solved:.2f} signal {signal:.2f} entropy {entropy:.2f} "
-    "length {length:.1f} grad {grad_norm:.2f} tok/s {tokens_per_second:.0f}"
-)
+PROGRESS = "reward {reward:.2f} solved {solved:.2f} signal {signal:.2f} entropy {entropy:.2f} length {length:.1f}"
+PROGRESS += " grad {grad_norm:.2f} tok/s {tokens_per_second:.0f}"
 
 
 class BadInput(ValueError):
@@ -167,8 +164,10 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     Each row sums to zero, is unchanged when a constant is added to the rewards, and is exactly 0 for equal rewards.
     Raises ValueError unless `rewards` has two dimensions and `beta` is finite.
     """
-    rewards = _as_group_matrix(rewards)
+    rewards = torch.as_tensor(rewards)
     beta = torch.as_tensor(beta, dtype=torch.float64, device=rewards.device)
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must be a (prompts, samples) matrix, got shape {tuple(rewards.shape)}")
     if not beta.isfinite().all():
         raise ValueError(f"beta must be finite, got {beta.tolist()}")
     r = rewards.double()
@@ -178,7 +177,7 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     weight = torch.expm1(beta * r)  # (P, N), in (−1, 0]
     mean = weight.mean(1, keepdim=True)  # (P, 1)
     advantages = torch.where(beta == 0, r - r.mean(1, keepdim=True), (weight - mean) / (1 + mean) / beta)
-    return advantages.to(rewards.dtype)
+    return advantages.to(rewards.dtype if rewards.is_floating_point() else torch.float32)
 
 
 def mean_baseline_advantage(rewards: Tensor) -> Tensor:
@@ -205,7 +204,7 @@ def chen_advantage(rewards: Tensor, k: int) -> Tensor:
     At k = 4: 1.732/−.115 for c = 1 of 16, .200/−.200 for c = 8, and no signal at all once fewer than k samples fail.
     Raises ValueError for rewards other than 0 and 1, or k outside 1 … N.
     """
-    rewards, c = _as_group_matrix(rewards), _count_correct(rewards, "chen")
+    rewards, c = _groups(rewards, k)
     n = rewards.shape[1]
     fail = _share_without_success(n, k, c)  # (P, 1): 1 − ρ
     fail_beside_wrong = _share_without_success(n - 1, k - 1, c.clamp(max=n - 1))
@@ -221,10 +220,8 @@ def mahdavi_advantage(rewards: Tensor, k: int) -> Tensor:
     Whether the authors also divide by the group's standard deviation isn't known; here they don't.
     At k = 4: 3.090/−.206 for c = 1 of 16, .250/−.250 for c = 8, .0001/−.0009 for c = 15. Errors as in `chen_advantage`.
     """
-    rewards, c = _as_group_matrix(rewards), _count_correct(rewards, "mahdavi")
-    n = rewards.shape[1]
-    _check_k(k, n)
-    p = c / n  # (P, 1)
+    rewards, c = _groups(rewards, k)
+    p = c / rewards.shape[1]  # (P, 1)
     return (k * (1 - p) ** (k - 1) * (rewards - p)).to(rewards.dtype)
 
 
@@ -239,9 +236,8 @@ def pkpo_advantage(rewards: Tensor, k: int, leave_one_out: bool = False) -> Tens
     every wrong sample. At k = 4: .250/.050 and .250/0 for c = 1 of 16, .250/.231 and .031/0 for c = 8.
     Raises ValueError for k outside 1 … N (2 … N with leave_one_out).
     """
-    rewards = _as_group_matrix(rewards)
+    rewards, _ = _groups(rewards, k, least_k=2 if leave_one_out else 1, binary=False)
     n = rewards.shape[1]
-    _check_k(k, n, least=2 if leave_one_out else 1)
     r, order = rewards.double().sort(dim=1)  # (P, N), upwards
 
     def subsets(size: int, offset: int) -> Tensor:  # (N,): C(j−offset, size) / C(N, k) for j = 1 … N
@@ -263,35 +259,25 @@ def maxrl_advantage(rewards: Tensor) -> Tensor:
 
     15/−1 for c = 1 of 16, 1/−1 for c = 8, .067/−1 for c = 15. Raises ValueError for rewards other than 0 and 1.
     """
-    rewards, c = _as_group_matrix(rewards), _count_correct(rewards, "maxrl")
+    rewards, c = _groups(rewards)
     p = (c / rewards.shape[1]).clamp(min=1 / rewards.shape[1])  # no success: rewards − p is replaced by 0 below
     return torch.where(c > 0, (rewards - p) / p, 0.0).to(rewards.dtype)
 
 
-def _as_group_matrix(rewards: Tensor) -> Tensor:
-    """`rewards` as a floating-point (P, N) matrix, or a ValueError."""
+def _groups(rewards: Tensor, k: int = 1, least_k: int = 1, binary: bool = True) -> tuple[Tensor, Tensor]:
+    """`rewards` as a floating-point (P, N) matrix, and the number of ones in each group, (P, 1); ValueError if unfit."""
     rewards = torch.as_tensor(rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be a (prompts, samples) matrix, got shape {tuple(rewards.shape)}")
-    return rewards if rewards.is_floating_point() else rewards.float()
-
-
-def _count_correct(rewards: Tensor, method: str) -> Tensor:
-    """The number of rewards equal to 1 in each group, (P, 1), or a ValueError if some are neither 0 nor 1."""
-    rewards = _as_group_matrix(rewards)
-    if not ((rewards == 0) | (rewards == 1)).all():
-        raise ValueError(f"the {method} advantage is defined for rewards 0 and 1 only; use rs, mean, grpo or pkpo for others")
-    return rewards.double().sum(1, keepdim=True)
-
-
-def _check_k(k: int, n: int, least: int = 1) -> None:
-    if not least <= k <= n:
-        raise ValueError(f"k must be from {least} to the group's {n} samples, got {k}")
+    if binary and not ((rewards == 0) | (rewards == 1)).all():
+        raise ValueError("this advantage is defined for rewards 0 and 1 only; use rs, mean, grpo or pkpo for others")
+    if not least_k <= k <= rewards.shape[1]:
+        raise ValueError(f"k must be from {least_k} to the group's {rewards.shape[1]} samples, got {k}")
+    return rewards if rewards.is_floating_point() else rewards.float(), rewards.double().sum(1, keepdim=True)
 
 
 def _share_without_success(n: int, k: int, c: Tensor) -> Tensor:
     """C(n−c, k) / C(n, k): the share of size-k subsets of n samples that miss all c correct ones. Shape of `c`."""
-    _check_k(k, n, least=0)
     shares = [math.comb(n - count, k) / math.comb(n, k) for count in range(n + 1)]
     return torch.tensor(shares, dtype=torch.float64, device=c.device)[c.long()]
 
@@ -468,14 +454,11 @@ def encode(policy: Policy, prompts: Sequence[str], instruction: str = "") -> tup
         prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     elif instruction:
         prompts = [f"{prompt}\n\n" for prompt in prompts]
-    rows = [tokenizer(prompt, add_special_tokens=not chat).input_ids for prompt in prompts]  # a template has its own BOS
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)  # any id will do for padding: the mask hides it
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, longest - len(row) :] = torch.tensor(row)
-        mask[i, longest - len(row) :] = 1
-    return ids.to(policy.device), mask.to(policy.device)
+    if tokenizer.pad_token is None:  # any token will do: the mask hides it
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    # A template has its own BOS.
+    encoded = tokenizer(prompts, add_special_tokens=not chat, padding=True, padding_side="left", return_tensors="pt")
+    return encoded.input_ids.to(policy.device), encoded.attention_mask.to(policy.device)
 
 
 def prefill(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
@@ -603,72 +586,60 @@ def token_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -
 
 
 class Batch(NamedTuple):
-    """What one update learns from."""
+    """What an update learns from."""
 
     rollouts: Rollouts
     advantages: Tensor  # (P, N)
     old_logprobs: Tensor | None = None  # (B, T), for the PPO clip; None when the policy that sampled is the one that learns
 
 
-def policy_gradient(model: Any, batches: Sequence[Batch], config: Config) -> float:
+def policy_gradient(model: Any, batches: Sequence[Batch], config: Config, update: int = 0) -> float:
     """Add the gradient of the loss to the parameters' `.grad`, and return the loss.
 
         loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)
 
     Its value says nothing about progress: only its gradient means something, the policy gradient with Â. The policy
     that sampled is the policy that learns, with one update a batch, so PPO's ratio π/π_old is exactly 1, its clip
-    never binds, and the gradient of ratio·Â is that of Â·log π: neither is needed. Only where --updates cuts a batch
-    are there old log-probabilities, and Â·log π becomes min(ratio·Â, clip(ratio)·Â) (PPO, arXiv 1707.06347; the wider
-    upper bound is DAPO's, arXiv 2503.14476).
+    never binds, and the gradient of ratio·Â is that of Â·log π: neither is needed. Only with --updates U, where each
+    update (0 … U−1) learns from every U-th prompt, are there old log-probabilities, and Â·log π becomes
+    min(ratio·Â, clip(ratio)·Â) (PPO, arXiv 1707.06347; the wider upper bound is DAPO's, arXiv 2503.14476).
 
     Groups without a signal have a gradient of exactly zero and are never run; equal completions of a prompt, frequent
     where a policy is peaked, are run once, with the sum of their advantages. The divisor counts the tokens of all
     completions, so that none of this, nor the cut into micro-batches, changes the gradient.
     """
-    tokens = sum(batch.rollouts.mask.sum() for batch in batches)
+    parts = [batch.rollouts.owner % config.updates == update for batch in batches]  # (B,) each: whose turn it is
+    tokens = sum(batch.rollouts.mask[part].sum() for batch, part in zip(batches, parts))
     total = 0.0
-    for rollouts, advantages, old_logprobs in batches:
-        weights = merge_equal(rollouts, advantages)  # (B,)
+    for (rollouts, advantages, old_logprobs), part in zip(batches, parts):
+        weights = merge_equal(rollouts, advantages) * part  # (B,)
         for rows in micro_batches(rollouts, weights, config.micro_tokens):
-            part = take(rollouts, rows)
-            logprobs = completion_logprobs(model, part, config.temperature)  # (B', T')
+            logprobs = completion_logprobs(model, take(rollouts, rows), config.temperature)  # (B', T')
             weight = weights[rows, None]  # (B', 1): the same on every token
             assert weight.shape[0] == logprobs.shape[0]
             gain = weight * logprobs
             if old_logprobs is not None:
                 ratio = (logprobs - old_logprobs[rows, : logprobs.shape[1]]).exp()
                 clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-                gain = torch.minimum(ratio * weight, clipped * weight) * part.mask
+                gain = torch.minimum(ratio * weight, clipped * weight) * rollouts.mask[rows, : logprobs.shape[1]]
             loss = -gain.sum() / tokens
             loss.backward()
             total += loss.item()
     return total
 
 
-def minibatches(policy: Policy, batches: Sequence[Batch], config: Config) -> Iterator[list[Batch]]:
-    """What each of the U updates of a step learns from: everything, or with --updates every U-th prompt.
+@torch.no_grad()
+def score(policy: Policy, batch: Batch, config: Config) -> Batch:
+    """`batch` with the log-probabilities (B, T) of the policy that sampled it, before the first of several updates.
 
-    The old log-probabilities are those of the policy that sampled as the learner computes them, before the first
-    update, so that rounding in the sampler doesn't pass for a change of the policy.
+    As the learner computes them, so that rounding in the sampler doesn't pass for a change of the policy.
     """
-    if config.updates == 1:
-        yield list(batches)
-        return
-    scored = []
-    for rollouts, advantages, _ in batches:
-        old = torch.zeros(rollouts.mask.shape, device=policy.device)  # (B, T)
-        with torch.no_grad(), learning(policy) as model:
-            for rows in micro_batches(rollouts, merge_equal(rollouts, advantages), config.micro_tokens):
-                logprobs = completion_logprobs(model, take(rollouts, rows), config.temperature)
-                old[rows, : logprobs.shape[1]] = logprobs
-        scored.append(Batch(rollouts, advantages, old))
-    for start in range(config.updates):
-        part = []
-        for rollouts, advantages, old in scored:
-            rows = torch.arange(len(old), device=policy.device).view(advantages.shape)[start :: config.updates].flatten()
-            cut = take(rollouts, rows)
-            part.append(Batch(cut, advantages[start :: config.updates], old[rows, : cut.ids.shape[1]]))
-        yield part
+    old = torch.zeros(batch.rollouts.mask.shape, device=policy.device)
+    with learning(policy) as model:
+        for rows in micro_batches(batch.rollouts, merge_equal(batch.rollouts, batch.advantages), config.micro_tokens):
+            logprobs = completion_logprobs(model, take(batch.rollouts, rows), config.temperature)
+            old[rows, : logprobs.shape[1]] = logprobs
+    return batch._replace(old_logprobs=old)
 
 
 def merge_equal(rollouts: Rollouts, advantages: Tensor) -> Tensor:
@@ -688,14 +659,9 @@ def take(rollouts: Rollouts, rows: Tensor) -> Rollouts:
     prompts, owner = rollouts.owner[rows].unique(return_inverse=True)  # (P',) and (B',)
     used = rollouts.prompt_mask[prompts].any(0)
     longest = int(rollouts.mask[rows].sum(1).max())
-    return Rollouts(
-        rollouts.prompt_ids[prompts][:, used],
-        rollouts.prompt_mask[prompts][:, used],
-        owner,
-        rollouts.ids[rows, :longest],
-        rollouts.mask[rows, :longest],
-        rollouts.entropy,
-    )
+    prompt_ids, prompt_mask = rollouts.prompt_ids[prompts][:, used], rollouts.prompt_mask[prompts][:, used]
+    ids, mask = rollouts.ids[rows, :longest], rollouts.mask[rows, :longest]
+    return Rollouts(prompt_ids, prompt_mask, owner, ids, mask, rollouts.entropy)
 
 
 def micro_batches(rollouts: Rollouts, weights: Tensor, micro_tokens: int) -> Iterator[Tensor]:
@@ -769,42 +735,54 @@ def evaluate(policy: Policy, task: Task, config: Config, interrupted: Callable[[
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class State:
+    """What a run knows beside its weights."""
+
+    solved: Tensor  # (training problems,) bool: solved at least once
+    step: int = 0  # done so far
+    drawn: int = 0  # training problems taken so far
+    failed: int = 0  # updates that were not finite
+    metrics_bytes: int = 0  # size of metrics.jsonl after this step
+    results: dict[str, Any] = field(default_factory=lambda: {"steps": {}})  # what eval.json holds
+
+
 def train(config: Config, resume: bool = False) -> dict[str, Any]:
     """Train a policy and measure its pass@k before and after. Everything is written to `config.run_folder`.
 
-    Returns what `eval.json` holds: `base` and `trained`, each as described at `evaluate`. With `resume`, goes on from
-    the folder's checkpoint, or from the start if the run was killed before its first.
+    Returns what `eval.json` holds: `base`, `trained` and those on the way by step, each as described at `evaluate`. With
+    `resume`, goes on from the folder's checkpoint, or from the start if the run was killed before its first.
     Raises BadInput; FloatingPointError when updates keep failing; KeyboardInterrupt, after saving, on Ctrl-C.
     """
     folder = open_run_folder(config, resume)
-    task = load_task(config)
-    policy = load_policy(config)
+    task, policy = load_task(config), load_policy(config)
     write_json(folder / SETTINGS, asdict(config))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     generator = torch.Generator(policy.device).manual_seed(config.seed)  # the only source of randomness in training
     state = State(solved=torch.zeros(len(task.train), dtype=torch.bool))
     if resume:
         load_checkpoint(folder, policy, optimizer, generator, state)
-    results = load_results(folder, state.step)
-    failed_in_a_row = 0
+    results, failed_in_a_row = state.results, 0
 
     with deferred_interrupt() as interrupted, open(folder / METRICS, "a") as metrics_file:
         if "base" not in results:
             results["base"] = evaluate(policy, task, config, interrupted)
             write_json(folder / RESULTS, results)
+            save_checkpoint(folder, policy, optimizer, generator, state)
         if config.steps > state.step:
-            ids, mask = encode(policy, [task.train[0].prompt], task.instruction)
+            ids, _ = encode(policy, [task.train[0].prompt], task.instruction)
             tqdm.write(f"a prompt as the model sees it: {policy.tokenizer.decode(ids[0])!r}")
         steps = range(state.step + 1, config.steps + 1)
         bar = tqdm(steps, "training", config.steps, initial=state.step, unit="step", dynamic_ncols=True)
         for step in bar:
-            last = str(step - 1)
-            if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0 and last not in results["steps"]:
-                results["steps"][last] = evaluate(policy, task, config, interrupted)
+            last = step - 1
+            if config.eval_every and last and last % config.eval_every == 0 and str(last) not in results["steps"]:
+                results["steps"][str(last)] = evaluate(policy, task, config, interrupted)
                 write_json(folder / RESULTS, results)
             started = time.perf_counter()
-            batches = []
-            while len(batches) <= config.dynamic_sampling and groups_with_signal(batches) < config.prompts:
+            batches: list[Batch] = []
+            signal = 0  # groups whose advantages are not all zero
+            while not batches or (signal < config.prompts and len(batches) <= config.dynamic_sampling):
                 # 1. Take P problems of the training set, each once an epoch.
                 indices = next_indices(state, config.prompts, config.seed)
                 problems = [task.train[i] for i in indices]
@@ -817,12 +795,15 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 # 4. Turn rewards into advantages, group by group. (Too few have a signal? --dynamic-sampling draws again.)
                 advantages = ADVANTAGES[config.advantage](rewards, config)  # (P, N)
                 batches.append(Batch(rollouts, advantages))
+                signal += int((advantages != 0).any(1).sum())
             sampling_seconds = time.perf_counter() - started
             # 5. Take one step up the policy gradient, or with --updates a few on a part of the batch each.
             grad_norms = []
-            for part in minibatches(policy, batches, config):
+            if config.updates > 1:
+                batches = [score(policy, batch, config) for batch in batches]
+            for update in range(config.updates):
                 with learning(policy) as model:
-                    loss = policy_gradient(model, part, config)
+                    loss = policy_gradient(model, batches, config, update)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item())
                 if math.isfinite(loss) and math.isfinite(grad_norms[-1]):
                     failed_in_a_row = 0
@@ -831,20 +812,17 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 else:
                     state.failed, failed_in_a_row = state.failed + 1, failed_in_a_row + 1
                     if failed_in_a_row == MAX_FAILURES:
-                        raise FloatingPointError(
-                            f"loss or gradient was not finite {MAX_FAILURES} times in a row, up to step {step}; "
-                            "start again with a lower --lr"
-                        )
+                        reason = f"loss or gradient was not finite {MAX_FAILURES} times in a row, up to step {step}"
+                        raise FloatingPointError(f"{reason}; start again with a lower --lr")
                 optimizer.zero_grad()
             refresh_sampler(policy)
 
-            state.step = step
             seconds = time.perf_counter() - started
             metrics = {
                 "step": step,
                 "reward": rewards.mean().item(),
                 "solved": (rewards.amax(1) >= SOLVED).float().mean().item(),
-                "signal": (advantages != 0).any(1).float().mean().item(),
+                "signal": signal / (config.prompts * len(batches)),
                 "entropy": rollouts.entropy,
                 "length": rollouts.mask.sum(1).float().mean().item(),
                 "grad_norm": sum(grad_norms) / len(grad_norms),
@@ -857,6 +835,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 "tokens_per_second": rollouts.mask.sum().item() / seconds,
             }
             print(json.dumps(metrics), file=metrics_file, flush=True)
+            state.step, state.metrics_bytes = step, metrics_file.tell()
             bar.set_postfix_str(PROGRESS.format(**metrics), refresh=False)
             if step % max(1, config.steps // 5) == 0:
                 tqdm.write(showcase(step, problems, completions, rewards))
@@ -875,26 +854,12 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
     return results
 
 
-@dataclass
-class State:
-    """What a run knows beside its weights."""
-
-    solved: Tensor  # (training problems,) bool: solved at least once
-    step: int = 0  # done so far
-    drawn: int = 0  # training problems taken so far
-    failed: int = 0  # updates that were not finite
-
-
 def next_indices(state: State, count: int, seed: int) -> list[int]:
     """The next `count` training problems: each once an epoch, in an order set by seed and epoch alone."""
     problems, places = len(state.solved), range(state.drawn, state.drawn + count)
     state.drawn += count
     orders = {e: np.random.default_rng([seed, e]).permutation(problems) for e in {p // problems for p in places}}
     return [int(orders[p // problems][p % problems]) for p in places]
-
-
-def groups_with_signal(batches: Sequence[Batch]) -> int:
-    return sum(int((batch.advantages != 0).any(1).sum()) for batch in batches)
 
 
 def judge(completions: Sequence[str], problems: Sequence[Problem], rewards: Callable[..., list[float]]) -> Tensor:
@@ -905,55 +870,28 @@ def judge(completions: Sequence[str], problems: Sequence[Problem], rewards: Call
 
 def showcase(step: int, problems: Sequence[Problem], completions: Sequence[str], rewards: Tensor) -> str:
     """A few completions to read: of the three prompts with the most mixed rewards, the best and the worst one."""
-    samples = rewards.shape[1]
     lines = [f"step {step}"]
     for i in rewards.std(1).argsort(descending=True, stable=True)[:3].tolist():
         for j in sorted({int(rewards[i].argmax()), int(rewards[i].argmin())}):
-            lines.append(f"  reward {rewards[i, j]:.2f}  {problems[i].prompt} {completions[i * samples + j][:500]!r}")
+            text = completions[i * rewards.shape[1] + j][:500]
+            lines.append(f"  reward {rewards[i, j]:.2f}  {problems[i].prompt} {text!r}")
     return "\n".join(lines)
 
 
 # A first reader can stop here: the algorithm is complete. What follows surrounds it.
 
-# --- More tasks -------------------------------------------------------------------------------------------------------
-
-COUNTDOWN_TEXT = (
-    "Using the numbers {numbers}, write an expression that equals {target}. "
-    "Use + - * / and brackets, and each number exactly once."
-)
-IN_ANSWER_TAGS = "Think step by step, then write the expression between <answer> and </answer>."
-IN_A_BOX = "Please reason step by step, and put your final answer within \\boxed{}."
+# --- Tasks and models -------------------------------------------------------------------------------------------------
 
 
 def load_task(config: Config) -> Task:
     """The task that `config` names, its problems the same for every seed. Raises BadInput if it can't be had."""
-    names = [config.task, *filter(None, map(str.strip, config.eval_task.split(",")))]
-    if set(names) <= {"countdown"} or set(names) <= {"countdown-text"}:
-        train = countdown_problems(config.train_problems, held_out=False)
-        held_out = countdown_problems(config.eval_problems, held_out=True)
-        if config.task == "countdown":
-            return Task(train, held_out, lambda texts, answers: [countdown_reward(t, *a) for t, a in zip(texts, answers)])
-        train, held_out = ([countdown_in_words(problem) for problem in problems] for problems in (train, held_out))
-        return Task(train, held_out, tagged_rewards, config.instruction or IN_ANSWER_TAGS)
-    from experiments import math_tasks  # data sets of the hub or of a file, and the verifier of mathematical answers
+    if config.task != "countdown" or config.eval_task not in ("", "countdown"):
+        from experiments import more_tasks  # Countdown in words; mathematics, from the hub or a file
 
-    def load(name: str, evaluating: bool) -> list[Problem]:
-        return [Problem(*pair, Path(name).stem) for pair in math_tasks.load_problems(name, evaluating).items()]
-
-    try:
-        math_tasks.idle_verifiers.append(math_tasks.start_verifier())  # what is missing shows now, not in the middle of a run
-        train = load(config.task, evaluating=False)
-        held_out = [p for name in names[1:] for p in load(name, evaluating=True)[: config.eval_problems]]
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    if not held_out:
-        held_out = [problem for problem in train if is_held_out(problem.prompt)][: config.eval_problems]
-        train = [problem for problem in train if not is_held_out(problem.prompt)]
-    asked = {problem.prompt for problem in held_out}
-    train = [problem for problem in train if problem.prompt not in asked][: config.train_problems]
-    if not train or not held_out:
-        raise BadInput(f"--task {config.task} is too small to train and to evaluate on; give a larger set, or an --eval-task")
-    return Task(train, held_out, math_tasks.math_rewards, config.instruction or IN_A_BOX, lambda: len(math_tasks.killed))
+        return more_tasks.load_task(config)
+    train = countdown_problems(config.train_problems, held_out=False)
+    held_out = countdown_problems(config.eval_problems, held_out=True)
+    return Task(train, held_out, lambda texts, answers: [countdown_reward(t, *a) for t, a in zip(texts, answers)])
 
 
 def math_reward(completion: str, answer: str) -> float:
@@ -961,26 +899,6 @@ def math_reward(completion: str, answer: str) -> float:
     from experiments import math_tasks
 
     return math_tasks.math_reward(completion, answer)
-
-
-def countdown_in_words(problem: Problem) -> Problem:
-    numbers, target = problem.answer
-    text = COUNTDOWN_TEXT.format(numbers=", ".join(map(str, numbers)), target=target)
-    return Problem(text, problem.answer, "countdown-text")
-
-
-def tagged_rewards(completions: Sequence[str], answers: Sequence[Any]) -> list[float]:
-    """`countdown_reward` of what stands between the only <answer> and the only </answer> of each completion."""
-
-    def reward(text: str, answer: Any) -> float:
-        found = re.findall(r"<answer>([^<>]{1,200})</answer>", text)
-        once = len(found) == text.count("<answer>") == text.count("</answer>") == 1
-        return countdown_reward(found[0].strip(), *answer) if once else 0.0
-
-    return [reward(text, answer) for text, answer in zip(completions, answers)]
-
-
-# --- Models -----------------------------------------------------------------------------------------------------------
 
 
 def load_policy(config: Config) -> Policy:
@@ -1027,15 +945,13 @@ def refresh_sampler(policy: Policy) -> None:
 
 @contextlib.contextmanager
 def learning(policy: Policy) -> Iterator[Any]:
-    """Within, the model computes as it learns: matrix products in bfloat16 if it samples so, checkpointing if asked for.
-
-    transformers checkpoints a layer that is in training mode. Only the layer's own switch is set, not that of the
-    dropout within, and it is reset for sampling, where a checkpointed layer would drop its cache.
-    """
+    """Within, the model computes as it learns: matrix products in bfloat16 if it samples so, checkpointing if asked for."""
+    # transformers checkpoints a layer that is in training mode. Only the layer's own switch is set, not that of the
+    # dropout within, and it is reset for sampling, where a checkpointed layer would drop its cache.
     layers = [layer for layer in policy.model.modules() if getattr(layer, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
     try:
+        for layer in layers:
+            layer.training = True
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
             yield policy.model
     finally:
@@ -1106,72 +1022,44 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, state: State) -> None:
     """Everything that later steps depend on, in one file."""
-    saved = {
-        "state": asdict(state),
-        "generator": generator.get_state(),
-        "model": policy.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    write_atomically(folder / CHECKPOINT, lambda aside: torch.save(saved, aside))
+    parts = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+    write_atomically(folder / CHECKPOINT, lambda aside: torch.save({**parts, "state": vars(state)}, aside))
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, state: State) -> None:
-    """Put everything back as `save_checkpoint` found it, and cut the metrics there.
-
-    A run that was killed before its first checkpoint starts again from step 0. Raises BadInput for a damaged file.
-    """
+    """Put everything back as at `save_checkpoint`, and cut the metrics there. Raises BadInput for a damaged file."""
     path = folder / CHECKPOINT
-    if path.exists():
+    if path.exists():  # otherwise the run was killed before its first checkpoint, and starts again from step 0
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: data, no code
             policy.model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             generator.set_state(saved["generator"])
-            for name, value in saved["state"].items():
-                setattr(state, name, value)
+            vars(state).update(asdict(State(**saved["state"])))
         except Exception as error:  # zip, pickle, missing key or shape: whichever it is, the file is no checkpoint
             raise BadInput(f"{path} is damaged ({first_line(error)}); delete it to start this run again from step 0") from error
         refresh_sampler(policy)
-    kept = [line for line in read_metrics(folder) if line["step"] <= state.step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_atomically(folder / METRICS, lambda aside: aside.write_text(text))
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without one that a kill cut short."""
-    lines = (folder / METRICS).read_text().splitlines() if (folder / METRICS).exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def load_results(folder: Path, step: int) -> dict[str, Any]:
-    """What eval.json holds so far, up to `step`: the base's evaluation, and those on the way."""
-    try:
-        results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).exists() else {}
-    except ValueError as error:
-        raise BadInput(f"{folder / RESULTS} is damaged ({error}); delete it and it is made again") from error
-    results.pop("trained", None)
-    results["steps"] = {s: result for s, result in results.get("steps", {}).items() if int(s) <= step}
-    return results
+    with open(folder / METRICS, "ab") as metrics:
+        metrics.truncate(min(metrics.tell(), state.metrics_bytes))
 
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Within, Ctrl-C only makes the yielded function return True, so that a step is never cut in two; a second one breaks off."""
     asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield lambda: False
-        return
     previous = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(signal.SIGINT, previous)
 
-    signal.signal(signal.SIGINT, ask)
+    with contextlib.suppress(ValueError):  # signals reach the main thread only; in another one there is nothing to defer
+        signal.signal(signal.SIGINT, ask)
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, previous)
 
 
 # --- What a person looks at -------------------------------------------------------------------------------------------
@@ -1204,10 +1092,8 @@ def draw_pass_at_k(results: dict[str, Any], path: Path) -> None:
         curve = results[name]["pass_at_k"]
         axes.plot([int(k) for k in curve], list(curve.values()), "o-", color=color, label=name)
     axes.set_xscale("log", base=2)
-    ticks = [int(k) for k in results["base"]["pass_at_k"]]
-    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.set_xticks([int(k) for k in curve], list(curve))
     axes.set(xlabel="k", ylabel="pass@k on held-out problems (%)", ylim=(0, None))
-    axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
@@ -1216,7 +1102,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: a flag for every field of `Config`, and --resume."""
     parser = argparse.ArgumentParser(
         prog="rs_grpo.py",
-        usage="python rs_grpo.py [--resume] [--FLAG VALUE ...]",
         description="Train a language model with Risk-Sensitive GRPO, and measure pass@k before and after.",
         epilog="A run folder holds config.json, metrics.jsonl, eval.json, passk.png, checkpoint.pt and model/.",
         argument_default=argparse.SUPPRESS,
@@ -1248,4 +1133,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from rs_grpo import main  # as the module that experiments/ imports too, so that there is one BadInput, not two
+
     main()

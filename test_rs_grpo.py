@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import bandit
 import rs_grpo
-from experiments import math_tasks, static_decoding
+from experiments import math_tasks, more_tasks, static_decoding
 from experiments.math_tasks import equivalent, last_box, math_rewards, plain_number
 from experiments.static_decoding import sample_static
 from rs_grpo import (
@@ -61,7 +61,6 @@ from rs_grpo import (
     pkpo_advantage,
     policy_gradient,
     random_expression,
-    read_metrics,
     risk_sensitive_advantage,
     sample,
     train,
@@ -70,6 +69,12 @@ from rs_grpo import (
 ROOT = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # models this small gain nothing from a second thread, and wait for it where a core is busy
 ESTIMATORS = dict(ADVANTAGES)  # before a test adds its own
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without one that isn't finished."""
+    text = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def group(correct: int, samples: int = 16) -> torch.Tensor:
@@ -1865,8 +1870,8 @@ def test_the_second_update_has_the_gradient_of_a_hand_written_ppo_loss(policy):
     advantages[2] = 0  # a group without a signal
     old, rows = copy.deepcopy(policy.model), list(unpadded(rollouts))
 
-    updates = rs_grpo.minibatches(policy, [Batch(rollouts, advantages)], config)
-    policy_gradient(policy.model, next(updates), config)
+    batch = rs_grpo.score(policy, Batch(rollouts, advantages), config)
+    policy_gradient(policy.model, [batch], config, update=0)
     for mine, step in (([0, 2, 4], 1.0), ([1, 3], None)):
         terms, ratios, tokens = [], [], 0
         for i in mine:
@@ -1887,22 +1892,19 @@ def test_the_second_update_has_the_gradient_of_a_hand_written_ppo_loss(policy):
             with torch.no_grad():
                 for p in policy.model.parameters():
                     p.add_(0.05 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-            policy_gradient(policy.model, next(updates), config)
+            policy_gradient(policy.model, [batch], config, update=1)
         else:  # ratios below, above and between the bounds (and within 1 ± 0.1), for advantages of both signs
             places = {(sum(r > bound for bound in (0.9, 1.1, 1.3)), a > 0) for r, a in ratios if a}
             assert len(places) == 8
-    assert next(updates, None) is None
 
 
-def test_one_update_a_step_is_on_policy_and_computes_no_ratio(policy, tiny, tmp_path, monkeypatch):
-    batches = [Batch(draw(policy), torch.ones(3, 8))]
-    assert list(rs_grpo.minibatches(policy, batches, Config())) == [batches]
+def test_one_update_a_step_is_on_policy_and_computes_no_ratio(tiny, tmp_path, monkeypatch):
     scored, learned, original = [], [], rs_grpo.policy_gradient
     logprobs = rs_grpo.completion_logprobs
 
-    def learning(model, batches, config):
+    def learning(model, batches, config, update):
         learned.append([batch.old_logprobs is None for batch in batches])
-        return original(model, batches, config)
+        return original(model, batches, config, update)
 
     monkeypatch.setattr(rs_grpo, "completion_logprobs", lambda *a: scored.append(torch.is_grad_enabled()) or logprobs(*a))
     monkeypatch.setattr(rs_grpo, "policy_gradient", learning)
@@ -1927,7 +1929,7 @@ def test_dynamic_sampling_draws_until_enough_groups_have_a_signal_and_not_for_ev
 ):
     seen, original = [], rs_grpo.policy_gradient
     monkeypatch.setitem(ADVANTAGES, "graded", lambda r, c: graded(r, c) * (torch.arange(len(r)) < with_signal)[:, None])
-    monkeypatch.setattr(rs_grpo, "policy_gradient", lambda m, b, c: seen.append(len(b)) or original(m, b, c))
+    monkeypatch.setattr(rs_grpo, "policy_gradient", lambda m, b, c, u: seen.append(len(b)) or original(m, b, c, u))
     train(small(tiny, tmp_path / "run", steps=2, dynamic_sampling=bound))
     assert seen == [draws] * 2
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -2210,7 +2212,7 @@ def test_pretrained_models_are_told_what_the_reward_looks_for(hub, tmp_path):
 )  # fmt: skip
 def test_countdown_in_words_is_judged_by_the_expression_between_the_only_answer_tags(completion, reward):
     started = time.perf_counter()
-    assert rs_grpo.tagged_rewards([completion, ""], [((4, 6, 7, 9, 12), 48)] * 2) == [reward, 0]
+    assert more_tasks.tagged_rewards([completion, ""], [((4, 6, 7, 9, 12), 48)] * 2) == [reward, 0]
     assert time.perf_counter() - started < 0.1
 
 

@@ -170,7 +170,7 @@ def run_one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
                     "step": [int(step) for step in curve],
                     **{f"pass@{k}": [round(at["pass_at_k"][k], 3) for at in curve.values()] for k in ("1", "32")},
                 }
-                entry["training"] = training_curves(rs_grpo.read_metrics(folder), plan.window)
+                entry["training"] = training_curves([json.loads(line) for line in open(folder / rs_grpo.METRICS)], plan.window)
             model = {"model": str(folder / "model")} if name != "base" else {}
             once = Config(out=str(folder / "evaluation"), steps=0, eval_samples=plan.eval_samples, **model, **common)
             final = rs_grpo.train(once)["base"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import multiprocessing
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rs_grpo import ADVANTAGES, Config, Problem, countdown_problems, countdown_reward, load_policy, read_metrics, train  # noqa: E402
+from rs_grpo import ADVANTAGES, Config, Problem, countdown_problems, countdown_reward, load_policy, train  # noqa: E402
 
 # Every group computed: a zero advantage becomes one that is too small to matter and too large to be skipped.
 ADVANTAGES["rs-unskipped"] = lambda rewards, config: ADVANTAGES["rs"](rewards, config) + (rewards.std(1, keepdim=True) == 0) * 1e-30
@@ -43,7 +44,7 @@ def time_ours(advantage: str, steps: int, settings: dict) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         with contextlib.redirect_stdout(io.StringIO()):
             train(Config(out=folder, advantage=advantage, steps=steps + 1, eval_problems=1, eval_samples=2, **settings))
-        return read_metrics(Path(folder))[1:]
+        return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")][1:]
 
 
 def time_trl(steps: int, config: Config, problems: list[Problem]) -> list[float]:

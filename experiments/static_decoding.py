@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rs_grpo import BadInput, Config, Rollouts, countdown_in_words, countdown_problems, encode, load_policy, prefill, sample  # noqa: E402
+from experiments.more_tasks import countdown_in_words  # noqa: E402
+from rs_grpo import BadInput, Config, Rollouts, countdown_problems, encode, load_policy, prefill, sample  # noqa: E402
 
 CHECK_EVERY = 16  # tokens between two looks at whether a row is left; at each the host waits for the GPU
 
