@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 import bandit
 import rs_grpo
-from experiments import math_tasks, more_tasks, static_decoding
+from experiments import compare, math_tasks, more_tasks, report, static_decoding
 from experiments.math_tasks import equivalent, last_box, math_rewards, plain_number
 from experiments.static_decoding import sample_static
 from rs_grpo import (
@@ -469,6 +469,25 @@ def test_sampling_stops_when_every_row_has_ended(policy):
     assert rollouts.ids.shape[1] == rollouts.mask.sum(1).max() == len(calls) < 500
     running = [(rollouts.mask.sum(1) > t).sum().item() for t in range(len(calls))]
     assert calls[1:] == running[1:]  # a row that ended is computed no more
+
+
+def test_samples_that_are_equal_so_far_share_a_row_and_are_drawn_as_if_each_had_its_own(policy):
+    """The reference runs every sample whole, without a cache, and draws from the same random numbers."""
+    rows_run, generator = [], torch.Generator().manual_seed(0)
+    policy.model.base_model.register_forward_hook(lambda module, inputs, output: rows_run.append(len(output[0])))
+    rollouts = draw(policy, samples=16, max_tokens=6)
+    shared, eos = list(rows_run), policy.tokenizer.eos_token_id
+    texts = [policy.tokenizer(prompt).input_ids for prompt in PROMPTS for _ in range(16)]
+    starts = [len(text) for text in texts]
+    for t in range(6):
+        alive = [i for i, text in enumerate(texts) if len(text) == starts[i] + t and (t == 0 or text[-1] != eos)]
+        assert shared[t] == len({(starts[i], *texts[i]) for i in alive})
+        with torch.no_grad():
+            probs = torch.cat([policy.model(torch.tensor([texts[i]])).logits[:, -1].softmax(-1) for i in alive])
+        for i, token in zip(alive, torch.multinomial(probs, 1, generator=generator).flatten().tolist()):
+            texts[i].append(token)
+    assert [prompt + completion for prompt, completion in unpadded(rollouts)] == texts
+    assert shared[0] == 3 < shared[1] < shared[2] and len(shared) == 6  # prompts first, then more and more texts
 
 
 def test_greedy_sampling_in_a_padded_batch_equals_greedy_decoding_one_by_one(policy):
@@ -2219,3 +2238,103 @@ def test_countdown_in_words_is_judged_by_the_expression_between_the_only_answer_
 def test_countdown_in_words_trains(tiny, tmp_path):
     train(small(tiny, tmp_path / "run", steps=1, task="countdown-text"))
     assert len(trajectory(tmp_path / "run")) == 1
+
+
+# --- experiments/compare.py ---------------------------------------------------------------------------------------
+
+
+def test_rescaled_advantages_have_one_mean_size_and_keep_their_proportions():
+    advantages = grpo_advantage(torch.cat([group(1), group(8), group(16)]))
+    scaled = compare.rescaled(advantages)
+    assert scaled.abs().mean().item() == pytest.approx(0.1) and (scaled[2] == 0).all()
+    assert torch.allclose(scaled / scaled[0, 0], advantages / advantages[0, 0])
+    assert (compare.rescaled(torch.zeros(2, 4)) == 0).all()
+
+
+def test_the_beta_of_constant_kl_weighs_each_group_by_ln_2_where_that_can_be_reached():
+    """KL(softmax(βr) ‖ uniform) written out for c ones of 16; more than ln(16/c) no β can reach."""
+    rewards = torch.cat([group(1), group(4), group(8), group(15), group(0), group(16)])
+    beta = compare.beta_of_constant_kl(rewards)
+    assert beta.shape == (6, 1)
+    for b, c in zip(beta[:2, 0].tolist(), (1, 4)):
+        right, wrong = (math.exp(b * r) / (c * math.exp(b) + 16 - c) for r in (1, 0))
+        assert c * right * math.log(16 * right) + (16 - c) * wrong * math.log(16 * wrong) == pytest.approx(math.log(2))
+    assert beta[2:, 0].tolist() == pytest.approx([compare.MOST_BETA] * 4)
+
+
+def test_the_beta_of_accuracy_falls_from_8_to_0():
+    assert compare.beta_of_accuracy(torch.cat([group(0), group(4), group(16)])).flatten().tolist() == [8, 6, 0]
+
+
+def test_partial_credit_is_1_for_the_target_and_less_the_farther_from_it():
+    answers = [((4, 7, 9, 12), 48)] * 6
+    completions = ["9*7-12-4", "4*12+9-7", "4*12-9+7", "4*12", "4*12+9-7-7", "48"]  # 47, 50, 46, and three that don't count
+    assert compare.partial_credit(completions, answers) == [0.5 / 2, 0.5 / 3, 0.5 / 3, 0, 0, 0]
+    assert compare.partial_credit(["1+2+3+4", "1/2+3+4"], [((1, 2, 3, 4), 10), ((1, 2, 3, 4), 8)]) == [1, 1 / 3]
+
+
+METHODS = {"base": compare.Method("base", {}), "rs2": compare.Method("ours", {}), "grpo": compare.Method("theirs", {})}
+
+
+def some_results(correct: dict[str, list[list[int]]], n: int = 4) -> dict:
+    """results.json with these counts, a list of problems for each seed."""
+    runs = {name: {str(i): {"correct": c, "distinct": c} for i, c in enumerate(seeds)} for name, seeds in correct.items()}
+    return {"settings": {"eval_samples": n}, "runs": runs}
+
+
+def test_the_report_computes_pass_at_k_from_the_counts_of_every_problem():
+    runs = report.Runs(some_results({"base": [[0, 1], [4, 2]]}), METHODS)
+    assert runs.ks == [1, 2, 4]
+    assert runs.pass_at_k["base"][0].tolist() == [[0, 0, 0], [25, 50, 100]]  # 1 − C(3,2)/C(4,2) = 1/2
+    assert runs.pass_at_k["base"][1, 1].tolist() == pytest.approx([50, 100 * (1 - 1 / 6), 100])
+    mean, error = report.mean_and_error(runs.pass_at_k["base"].mean(1))
+    assert mean[0] == (12.5 + 75) / 2 and error[0] == pytest.approx((75 - 12.5) / 2)  # of two values: half their distance
+
+
+def test_the_interval_of_a_difference_resamples_problems_and_seeds():
+    rng = random.Random(0)
+    theirs = [[rng.randint(0, 2) for _ in range(400)] for _ in range(3)]
+    gain = [rng.randint(0, 2) for _ in range(400)]
+    same_gain = [[a + g for a, g in zip(seed, gain)] for seed in theirs]
+    mean, (low, high) = report.Runs(some_results({"base": theirs, "grpo": theirs, "rs2": same_gain}), METHODS).difference("rs2", "grpo")
+    per_problem = torch.tensor(gain, dtype=torch.float64) * 25  # points of pass@1; the same for all seeds, so only problems vary
+    spread = 1.96 * per_problem.std().item() / 400**0.5
+    assert mean[0] == pytest.approx(per_problem.mean().item())
+    assert low[0] == pytest.approx(mean[0] - spread, abs=0.15) and high[0] == pytest.approx(mean[0] + spread, abs=0.15)
+    unequal = [[a + s for a in seed] for s, seed in enumerate(theirs)]  # seeds gain 0, 25 and 50 points, every problem alike
+    mean, (low, high) = report.Runs(some_results({"base": theirs, "grpo": theirs, "rs2": unequal}), METHODS).difference("rs2", "grpo")
+    assert (mean[0], low[0], high[0]) == pytest.approx((25, 0, 50))  # one in 27 draws takes the same extreme seed thrice
+    mean, (low, high) = report.Runs(some_results({"base": theirs, "grpo": theirs, "rs2": theirs}), METHODS).difference("rs2", "grpo")
+    assert (mean == 0).all() and (low == 0).all() and (high == 0).all()
+
+
+def test_a_comparison_keeps_what_is_finished_and_draws_the_same_from_its_file_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "QUICK", compare.QUICK._replace(folder=str(tmp_path / "runs")))
+    path, figures = tmp_path / "results.json", tmp_path / "figures"
+    flags = ["--quick", "--results", str(path), "--figures", str(figures), "--workers", "2"]
+    compare.main([*flags, "--only", "base,grpo,rs2", "--seeds", "0"])
+    first = json.loads(path.read_text())["runs"]
+    assert "QUICK RUN, 2 steps: no evidence" in capsys.readouterr().out
+    compare.main([*flags, "--only", "base,grpo,mean_partial,rs_annealed,rs8_rescaled", "--seeds", "0"])
+    printed, runs = capsys.readouterr().out, json.loads(path.read_text())["runs"]
+    assert set(runs) == {"base", "grpo", "rs2", "mean_partial", "rs_annealed", "rs8_rescaled"}
+    assert all(runs[name] == first[name] for name in first)  # the time they took included: none was made again
+    assert len(runs["rs2"]["0"]["correct"]) == 16 and runs["rs2"]["0"]["curve"]["step"] == [0, 1, 2]
+    assert "Partial credit:" in printed and "Schedules of β:" in printed and "RS-GRPO, β = 2 − GRPO" in printed
+    drawn = {file.name: file.read_bytes() for file in figures.iterdir()}
+    assert set(drawn) == {"passk.png", "beta.png", "methods.png", "diversity.png"}
+    compare.main([*flags, "--report"])
+    assert capsys.readouterr().out == printed and all((figures / name).read_bytes() == old for name, old in drawn.items())
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["--report", "--results", str(path)])
+    assert "was made with" in capsys.readouterr().err
+
+
+def test_a_run_of_the_comparison_equals_the_same_run_of_rs_grpo(tmp_path):
+    plan = compare.QUICK._replace(folder=str(tmp_path))
+    entry = compare.run_one(plan, "grpo", 3)
+    settings = dict(advantage="grpo", seed=3, steps=2, lr=plan.lr, prompts=plan.prompts, samples=plan.samples, eval_problems=16, eval_rows=1024)
+    results = train(Config(out=str(tmp_path / "own"), eval_samples=32, **settings))
+    assert entry["correct"] == results["trained"]["correct"]
+    assert entry["training"]["reward"] == [round(line["reward"], 4) for line in read_metrics(tmp_path / "own")]
+    assert not (tmp_path / "grpo-seed3").exists()  # all that counts is in the entry

@@ -21,9 +21,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import rs_grpo  # noqa: E402
+from experiments.report import report  # noqa: E402
 from rs_grpo import ADVANTAGES, BadInput, Config, countdown_value, risk_sensitive_advantage  # noqa: E402
 
 # --- Variants that are tried here and not part of rs_grpo.py ----------------------------------------------------------
@@ -130,8 +130,7 @@ METHODS = {
 }
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What every run has in common; stored in results.json, and compared with it before going on."""
 
     steps: int = 800
@@ -143,7 +142,7 @@ class Plan:
     curve_samples: int = 64  # on the way
     curve_every: int = 100
     window: int = 20  # steps that are averaged for the curves of training
-    folder: str = field(default="runs/compare", metadata={"not compared": True})
+    folder: str = "runs/compare"  # for runs under way; the only field that results.json doesn't hold
 
 
 QUICK = Plan(2, 5e-5, 4, 8, 16, 32, 32, 1, 1, "runs/compare-quick")
@@ -193,7 +192,7 @@ def training_curves(metrics: list[dict[str, Any]], window: int) -> dict[str, lis
 
 def read_results(path: Path, plan: Plan) -> dict[str, Any]:
     """What is finished so far. Raises BadInput if `path` can't be read or belongs to other settings."""
-    settings = {name: value for name, value in asdict(plan).items() if name != "folder"}
+    settings = {name: value for name, value in plan._asdict().items() if name != "folder"}
     if not path.exists():
         return {"settings": settings, "machine": machine(), "runs": {}}
     try:
@@ -262,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", default=",".join(METHODS), help=f"methods to train, separated by commas: {', '.join(METHODS)}")
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=Plan.steps, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=Plan().steps, help="training steps of each run (default: %(default)s)")
     cuda = torch.cuda.is_available()
     parser.add_argument("--workers", type=int, default=8 if cuda else os.cpu_count(), help="runs at a time (default: %(default)s)")
     parser.add_argument("--results", default="", help="file to keep results in (default: experiments/results.json)")
@@ -284,8 +283,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not args.report:
             run_all(plan, path, names, [int(seed) for seed in seeds], args.workers)
-        from report import report  # beside this file
-
         print(report(read_results(path, plan), METHODS, figures, quick=args.quick))
     except BadInput as error:
         parser.exit(2, f"compare.py: {error}\n")
