@@ -109,10 +109,10 @@ class Method(NamedTuple):
 METHODS = {
     "base": Method("base", {}),
     "grpo": Method("GRPO", {"advantage": "grpo"}),
-    "rs2": Method("RS-GRPO, β = 2", {"advantage": "rs", "beta": 2.0}),
     "mean": Method("mean baseline, β = 0", {"advantage": "mean"}),
-    "rs8": Method("RS-GRPO, β = 8", {"advantage": "rs", "beta": 8.0}),
+    "rs2": Method("RS-GRPO, β = 2", {"advantage": "rs", "beta": 2.0}),
     "rs4": Method("RS-GRPO, β = 4", {"advantage": "rs", "beta": 4.0}),
+    "rs8": Method("RS-GRPO, β = 8", {"advantage": "rs", "beta": 8.0}),
     "chen": Method("Chen et al., k = 4", {"advantage": "chen"}),
     "mahdavi": Method("Mahdavi et al., k = 4", {"advantage": "mahdavi"}),
     "pkpo": Method("PKPO, k = 4", {"advantage": "pkpo"}),

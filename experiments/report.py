@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rs_grpo import BadInput, pass_at_k  # noqa: E402
 
 COLORS = {
-    "base": "0.55", "grpo": "black", "mean": "tab:blue", "rs2": "#f4a582", "rs4": "#d6604d", "rs8": "#8b0a1a",
+    "base": "0.55", "grpo": "black", "mean": "tab:blue", "rs2": "#f59e42", "rs4": "#d7301f", "rs8": "#7f0000",
     "chen": "tab:green", "mahdavi": "tab:purple", "pkpo": "tab:brown", "pkpo_loo": "tab:olive", "maxrl": "tab:cyan",
 }  # fmt: skip
 DRAWS = 10_000  # of the bootstrap
@@ -227,15 +227,15 @@ def draw_methods(runs: Runs) -> Any:
 
 def draw_diversity(runs: Runs) -> Any:
     """How many different correct answers, and which problems gain accuracy: the paper's Figure 7."""
-    figure = new_figure(12, 4.6)
-    bars, *maps = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    figure = new_figure(13, 4.6)
+    bars, *maps = figure.subplots(1, 3, width_ratios=(1, 1, 1))
     names = [name for name in runs.of_part("main") if name in COLORS][::-1]
     mean, error = zip(*(mean_and_error(runs.field(name, "distinct").mean(1)) for name in names))
     bars.barh(range(len(names)), mean, xerr=np.nan_to_num(error), color=[COLORS[name] for name in names], capsize=2, alpha=0.85)
     bars.set_yticks(range(len(names)), [runs.methods[name].label for name in names])
     finish(bars, title="distinct correct answers", xlabel=f"a problem, in {runs.ks[-1]} samples")
     for axes, name in zip(maps, ("rs2", "rs8")):
-        axes.set_title(f"problems by accuracy (%), β = {name[2:]}")
+        axes.set_title(f"share of problems (%), β = {name[2:]}")
         if name not in runs.entries or "grpo" not in runs.entries:
             continue
         shared = [seed for seed in runs.entries[name] if seed in runs.entries["grpo"]]
