@@ -779,7 +779,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             if config.eval_every and last and last % config.eval_every == 0 and str(last) not in results["steps"]:
                 results["steps"][str(last)] = evaluate(policy, task, config, interrupted)
                 write_json(folder / RESULTS, results)
-            started = time.perf_counter()
+            started, failures = time.perf_counter(), task.failures()
             batches: list[Batch] = []
             signal = 0  # groups whose advantages are not all zero
             while not batches or (signal < config.prompts and len(batches) <= config.dynamic_sampling):
@@ -829,7 +829,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 "advantage_size": advantages.abs().mean().item(),
                 "solve_rate": state.solved.float().mean().item(),
                 "failed_updates": state.failed,
-                "failed_verifications": task.failures(),
+                "failed_verifications": task.failures() - failures,
                 "seconds": seconds,
                 "sampling_seconds": sampling_seconds,
                 "tokens_per_second": rollouts.mask.sum().item() / seconds,
@@ -1067,8 +1067,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 def table(results: dict[str, Any]) -> str:
     """pass@k of base and trained side by side, in percent, and the distinct correct answers per problem."""
-    names = [name for name in ("base", "trained") if name in results]
-    base = results["base"]
+    base, names = results["base"], ["base"] if results["trained"] is results["base"] else ["base", "trained"]
     rows = [[f"pass@{k}"] + [f"{results[name]['pass_at_k'][k]:.1f}" for name in names] for k in base["pass_at_k"]]
     distinct = [f"{sum(results[name]['distinct']) / len(base['distinct']):.2f}" for name in names]
     for task in base["tasks"] if len(base["tasks"]) > 1 else ():

@@ -824,6 +824,7 @@ def test_zero_steps_only_evaluate_the_embedded_model(tmp_path):
         assert percent == pytest.approx(100 * expected)
     assert 8 < base["pass_at_k"]["1"] < 30 < base["pass_at_k"]["32"] < 75  # peaked, and far from hopeless
     assert all((d == 0) == (c == 0) and d <= c for c, d in zip(base["correct"], base["distinct"]))
+    assert rs_grpo.table(results).splitlines()[1].split() == ["base"]  # no second column that says the same
 
 
 # --- the command line ---------------------------------------------------------------------------------------------
