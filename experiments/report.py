@@ -121,7 +121,8 @@ def report(results: Mapping[str, Any], methods: Mapping[str, Any], figures: Path
         f"{settings['lr']:g}; percent, mean ± standard error over seeds; {results['machine']}",
         method_table(runs, main, ks),
     ]
-    pairs = [(name, other) for other in ("grpo", "base") for name in main if name not in ("base", other) and other in main]
+    rivals = {"grpo": main, "base": main, "rs2": [name for name in main if name not in ("grpo", "mean", "rs4", "rs8")]}
+    pairs = [(name, other) for other in rivals if other in main for name in rivals[other] if name not in ("base", other)]
     if pairs:
         text += ["Differences, with 95 % intervals over problems and seeds:", difference_table(runs, pairs, few)]
     for part in dict.fromkeys(method.part for method in methods.values()):
