@@ -28,8 +28,10 @@ A rollout is a prompt's tokens and one completion of it; a group is the N rollou
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
+import functools
 import json
 import math
 import operator
@@ -37,6 +39,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -98,14 +101,14 @@ class Config:
     clip_high: float = option(0.28, "and at 1 + this; wider, as in DAPO, so that rare tokens can rise")
     dynamic_sampling: int = option(0, "draw as many prompts again, up to this often, while too few have a signal")
     samples: int = option(16, "completions a prompt, the group over which advantages are taken; the paper has 16")
-    steps: int = option(500, "training steps, one update each; 0 only evaluates")
+    steps: int = option(500, "training steps; 0 only evaluates")
     train_problems: int = option(10_000, "size of the training set, gone through in epochs without replacement")
     max_tokens: int = option(20, "longest completion in tokens; Countdown's longest sensible answer has 16")
     eval_problems: int = option(128, "held-out problems to evaluate on")
     eval_samples: int = option(0, "completions for each, so the largest k; 0 is 256 on Countdown, --samples elsewhere")
     eval_rows: int = option(256, "completions sampled at once in an evaluation: memory")
     eval_every: int = option(0, "also evaluate every so many steps; 0 is only before and after")
-    save_every: int = option(50, "steps between checkpoints: the most that a kill can cost")
+    save_every: int = option(50, "steps between checkpoints: the most training that a kill can cost")
     micro_tokens: int = option(4096, "tokens in one forward and backward pass: sets memory and speed, not the gradient")
     checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third slower")
     precision: str = option("auto", "of sampling and of matrix products: float32, bfloat16, or auto (bfloat16 on CUDA)")
@@ -154,7 +157,7 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
 
                    c = 1          c = 4          c = 8         c = 15
         β = 0   .938/−.063     .750/−.250     .500/−.500     .063/−.938
-        β = 2   2.140/−.143    .922/−.307     .381/−.381     .029/−.429
+        β = 2   2.140/−.143    .922/−.307     .381/−.381     .029/−.428
         β = 8   1.865/−.124    .374/−.125     .125/−.125     .008/−.125
 
     A rare success weighs more and a rare failure less, so that the gradient is spent on problems not yet solved.
@@ -298,6 +301,7 @@ ADVANTAGES: dict[str, Callable[[Tensor, Config], Tensor]] = {
 
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}  # on integers and fractions: exact
+NODES = dict(zip((ast.Add, ast.Sub, ast.Mult, ast.Div), OPERATORS.values()))  # all that an answer may consist of
 MAX_EXPRESSION = 100  # characters of a Countdown answer; a longer one is wrong
 
 
@@ -381,40 +385,22 @@ def countdown_reward(completion: str, numbers: Sequence[int], target: int) -> fl
 def countdown_value(completion: str, numbers: Sequence[int]) -> int | Fraction | None:
     """The value of `completion` if it is an expression that uses each number exactly once, else None.
 
-    A completion is hostile input: it is matched against the grammar below and never evaluated by Python. Length is
-    bounded (and with it nesting and the size of every number), arithmetic is exact, and whatever the grammar doesn't
-    know (unary signs, `**`, `//`, other digits than 0-9, a second answer, the prompt again) is no answer.
-
-        sum := product (('+' | '-') product)*    product := atom (('*' | '/') atom)*    atom := number | '(' sum ')'
+    A completion is hostile input: Python's parser reads it, but nothing evaluates it. Length is bounded (and with it
+    nesting and the size of every number), arithmetic is exact, and whatever isn't a number, a bracket or one of four
+    operators (unary signs, `**`, `//`, other digits than 0-9, a second answer, the prompt again) is no answer.
     """
     if len(completion) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", completion):
         return None
-    tokens = re.findall(r"[0-9]+|[^0-9 ]", completion)
-    if sorted(t for t in tokens if t[0] in "0123456789") != sorted(map(str, numbers)):
+    if sorted(re.findall("[0-9]+", completion)) != sorted(map(str, numbers)):
         return None
-    tokens.reverse()  # so that pop() takes the next one
+
+    def value(node: Any) -> int | Fraction:
+        return node.value if isinstance(node, ast.Constant) else NODES[type(node.op)](value(node.left), value(node.right))
+
     try:
-        value = _parse(tokens)
-    except (IndexError, ValueError, ZeroDivisionError):  # ends too early, something else where a number belongs, x/0
+        return value(ast.parse(completion.strip(), mode="eval").body)
+    except (SyntaxError, AttributeError, KeyError, ZeroDivisionError):  # no expression, a call, another operator, x/0
         return None
-    return None if tokens else value
-
-
-def _parse(tokens: list[str], level: int = 0) -> int | Fraction:
-    """Value of the sum (level 0), product (1) or atom (2) in front of reversed `tokens`, which it removes."""
-    if level == 2:
-        token = tokens.pop()
-        if token != "(":
-            return int(token)
-        value = _parse(tokens)
-        if tokens.pop() != ")":
-            raise ValueError("unbalanced brackets")
-        return value
-    value = _parse(tokens, level + 1)
-    while tokens and tokens[-1] in ("+-", "*/")[level]:
-        symbol = tokens.pop()
-        value = OPERATORS[symbol](value, _parse(tokens, level + 1))
-    return value
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
@@ -454,11 +440,10 @@ def encode(policy: Policy, prompts: Sequence[str], instruction: str = "") -> tup
         prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     elif instruction:
         prompts = [f"{prompt}\n\n" for prompt in prompts]
-    if tokenizer.pad_token is None:  # any token will do: the mask hides it
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    # A template has its own BOS.
-    encoded = tokenizer(prompts, add_special_tokens=not chat, padding=True, padding_side="left", return_tensors="pt")
-    return encoded.input_ids.to(policy.device), encoded.attention_mask.to(policy.device)
+    # A template has its own BOS. Any id will do for padding: the mask hides it.
+    rows = [torch.tensor(tokenizer(prompt, add_special_tokens=not chat).input_ids) for prompt in prompts]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows).to(policy.device), pad([torch.ones_like(row) for row in rows]).to(policy.device)
 
 
 def prefill(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
@@ -492,7 +477,7 @@ def sample(
     owner = row = going // samples  # (B',): the row that holds what each of them has so far
     ids = torch.zeros(len(going), max_tokens, dtype=torch.long, device=device)  # (B, T)
     lengths = torch.zeros_like(going)  # (B,)
-    entropy = torch.zeros((), dtype=torch.float64, device=device)
+    entropy = torch.zeros((), device=device)
     for t in range(max_tokens):
         logits = head(hidden[row]).float() / temperature
         probs = torch.softmax(logits, -1)  # (B', V)
@@ -605,7 +590,7 @@ def policy_gradient(model: Any, batches: Sequence[Batch], config: Config, update
     min(ratio·Â, clip(ratio)·Â) (PPO, arXiv 1707.06347; the wider upper bound is DAPO's, arXiv 2503.14476).
 
     Groups without a signal have a gradient of exactly zero and are never run; equal completions of a prompt, frequent
-    where a policy is peaked, are run once, with the sum of their advantages. The divisor counts the tokens of all
+    where a policy is peaked, earn the same and are run once, with the sum of their advantages. The divisor counts the tokens of all
     completions, so that none of this, nor the cut into micro-batches, changes the gradient.
     """
     parts = [batch.rollouts.owner % config.updates == update for batch in batches]  # (B,) each: whose turn it is
@@ -779,6 +764,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             if config.eval_every and last and last % config.eval_every == 0 and str(last) not in results["steps"]:
                 results["steps"][str(last)] = evaluate(policy, task, config, interrupted)
                 write_json(folder / RESULTS, results)
+                save_checkpoint(folder, policy, optimizer, generator, state)
             started, failures = time.perf_counter(), task.failures()
             batches: list[Batch] = []
             signal = 0  # groups whose advantages are not all zero
@@ -791,7 +777,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 completions = decode(policy, rollouts)
                 # 3. Judge every completion by the rule.
                 rewards = judge(completions, problems, task.rewards)  # (P, N)
-                state.solved[indices] |= rewards.amax(1) >= SOLVED
+                state.solved[torch.tensor(indices)[rewards.amax(1) >= SOLVED]] = True
                 # 4. Turn rewards into advantages, group by group. (Too few have a signal? --dynamic-sampling draws again.)
                 advantages = ADVANTAGES[config.advantage](rewards, config)  # (P, N)
                 batches.append(Batch(rollouts, advantages))
@@ -818,7 +804,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             refresh_sampler(policy)
 
             seconds = time.perf_counter() - started
-            metrics = {
+            metrics = {  # where --dynamic-sampling draws again: of the last draw, but for signal and tokens_per_second
                 "step": step,
                 "reward": rewards.mean().item(),
                 "solved": (rewards.amax(1) >= SOLVED).float().mean().item(),
@@ -832,7 +818,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 "failed_verifications": task.failures() - failures,
                 "seconds": seconds,
                 "sampling_seconds": sampling_seconds,
-                "tokens_per_second": rollouts.mask.sum().item() / seconds,
+                "tokens_per_second": sum(batch.rollouts.mask.sum().item() for batch in batches) / seconds,
             }
             print(json.dumps(metrics), file=metrics_file, flush=True)
             state.step, state.metrics_bytes = step, metrics_file.tell()
@@ -949,14 +935,12 @@ def learning(policy: Policy) -> Iterator[Any]:
     # transformers checkpoints a layer that is in training mode. Only the layer's own switch is set, not that of the
     # dropout within, and it is reset for sampling, where a checkpointed layer would drop its cache.
     layers = [layer for layer in policy.model.modules() if getattr(layer, "gradient_checkpointing", False)]
-    try:
-        for layer in layers:
-            layer.training = True
-        with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
-            yield policy.model
-    finally:
-        for layer in layers:
-            layer.training = False
+    for layer in layers:
+        layer.training = True
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
+        yield policy.model
+    for layer in layers:
+        layer.training = False
 
 
 def pick_device(name: str) -> torch.device:
@@ -973,7 +957,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# --- The run folder: nothing in it is ever half written ---------------------------------------------------------------
+# --- The run folder: what a resumed run reads is never half written ---------------------------------------------------
 
 
 def open_run_folder(config: Config, resume: bool) -> Path:
@@ -1037,7 +1021,8 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: Any, generator: tor
             generator.set_state(saved["generator"])
             vars(state).update(asdict(State(**saved["state"])))
         except Exception as error:  # zip, pickle, missing key or shape: whichever it is, the file is no checkpoint
-            raise BadInput(f"{path} is damaged ({first_line(error)}); delete it to start this run again from step 0") from error
+            remedy = "resume on the kind of device that wrote it, or delete it to start this run again from step 0"
+            raise BadInput(f"{path} can't be used here or is damaged ({first_line(error)}); {remedy}") from error
         refresh_sampler(policy)
     with open(folder / METRICS, "ab") as metrics:
         metrics.truncate(min(metrics.tell(), state.metrics_bytes))
@@ -1120,10 +1105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder = config.run_folder
             config = Config(**{**stored_settings(folder), **given, "out": str(folder)})
         results = train(config, resume)
-    except BadInput as error:
-        parser.exit(2, f"rs_grpo.py: {error}\n")
-    except FloatingPointError as error:
-        parser.exit(1, f"rs_grpo.py: {error}\n")
+    except (BadInput, FloatingPointError) as error:
+        parser.exit(2 if isinstance(error, BadInput) else 1, f"rs_grpo.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\nstopped; go on with: python rs_grpo.py --resume --out {config.run_folder}\n")
     print(table(results))
@@ -1132,6 +1115,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from rs_grpo import main  # as the module that experiments/ imports too, so that there is one BadInput, not two
-
+    sys.modules["rs_grpo"] = sys.modules["__main__"]  # what experiments/ imports is this very file, not a second copy
     main()
