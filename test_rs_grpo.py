@@ -2346,4 +2346,32 @@ def test_a_run_of_the_comparison_equals_the_same_run_of_rs_grpo(tmp_path):
     results = train(Config(out=str(tmp_path / "own"), eval_samples=32, **settings))
     assert entry["correct"] == results["trained"]["correct"]
     assert entry["training"]["reward"] == [round(line["reward"], 4) for line in read_metrics(tmp_path / "own")]
-    assert not (tmp_path / "grpo-seed3").exists()  # all that counts is in the entry
+
+
+def test_a_comparison_goes_on_past_a_run_that_fails_and_names_it(tmp_path, monkeypatch, capsys):
+    plan = compare.QUICK._replace(folder=str(tmp_path / "runs"))
+    monkeypatch.setattr(compare, "QUICK", plan)
+    plan.run_folder("grpo", 0).mkdir(parents=True)
+    (plan.run_folder("grpo", 0) / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["--quick", "--results", str(tmp_path / "results.json"), "--only", "grpo", "--seeds", "0", "--workers", "1"])
+    assert "not finished: grpo with seed 0" in capsys.readouterr().err
+    assert set(json.loads((tmp_path / "results.json").read_text())["runs"]) == {"base"}  # which is always made
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals differ")
+def test_ctrl_c_ends_a_comparison_and_its_workers_and_the_next_one_goes_on(tmp_path):
+    command = [sys.executable, "experiments/compare.py", "--quick", "--only", "grpo", "--seeds", "0", "--workers", "1"]
+    command += ["--results", str(tmp_path / "results.json"), "--figures", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    while process.poll() is None and not (tmp_path / "results.json").exists():  # the base is finished, GRPO not
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130 and "the same command goes on" in process.stderr.read()
+    with pytest.raises(ProcessLookupError):  # nobody of its group is left
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((tmp_path / "results.json").read_text())["runs"]) == {"base", "grpo"}

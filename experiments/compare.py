@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -142,15 +143,18 @@ class Plan(NamedTuple):
     curve_samples: int = 64  # on the way
     curve_every: int = 100
     window: int = 20  # steps that are averaged for the curves of training
-    folder: str = "runs/compare"  # for runs under way; the only field that results.json doesn't hold
+    folder: str = str(HERE.parent / "runs" / "compare")  # for runs under way; the only field that results.json doesn't hold
+
+    def run_folder(self, name: str, seed: int) -> Path:
+        return Path(self.folder) / f"{name}-seed{seed}-of-{self.steps}-steps"
 
 
-QUICK = Plan(2, 5e-5, 4, 8, 16, 32, 32, 1, 1, "runs/compare-quick")
+QUICK = Plan(2, 5e-5, 4, 8, 16, 32, 32, 1, 1, str(HERE.parent / "runs" / "compare-quick"))
 
 
 def run_one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     """Train one method with one seed and evaluate it: an entry of results.json. Goes on with an unfinished run."""
-    method, folder, started = METHODS[name], Path(plan.folder) / f"{name}-seed{seed}", time.perf_counter()
+    method, folder, started = METHODS[name], plan.run_folder(name, seed), time.perf_counter()
     load_task = rs_grpo.load_task
     if method.partial_credit:
         rs_grpo.load_task = lambda config: load_task(config)._replace(rewards=partial_credit)
@@ -175,7 +179,6 @@ def run_one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
             final = rs_grpo.train(once)["base"]
         finally:
             rs_grpo.load_task = load_task
-    shutil.rmtree(folder)
     return {**entry, **{key: final[key] for key in ("n", "correct", "distinct")}, "seconds": round(time.perf_counter() - started)}
 
 
@@ -227,34 +230,57 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
 
 
+def start_worker(parent: int) -> None:
+    """One thread, and no life beyond that of the process that gathers the results: two must never write one folder."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    torch.set_num_threads(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_all(plan: Plan, path: Path, names: Sequence[str], seeds: Sequence[int], workers: int) -> None:
-    """Make every run that `path` doesn't hold yet, seed by seed, and add each to it as soon as it is finished."""
-    finished = read_results(path, plan)["runs"]
+    """Make every run that `path` doesn't hold yet, seed by seed, and add each to it as soon as it is finished.
+
+    A run that fails doesn't stop the others; in the end BadInput names it.
+    """
+    finished, failed = read_results(path, plan)["runs"], []
     todo = [(name, seed) for seed in seeds for name in names if str(seed) not in finished.get(name, {})]
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
     steps = {run: 1 if run[0] == "base" else plan.steps for run in todo}
     bar = tqdm(total=sum(steps.values()), unit="step", desc=f"{len(todo)} runs", dynamic_ncols=True, smoothing=0.05)
-    with bar, ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with bar, ProcessPoolExecutor(workers, context, start_worker, (os.getpid(),)) as pool:
         waiting = {pool.submit(run_one, plan, *run): run for run in todo}
-        done_steps = 0
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
                 for future in done:
-                    name, seed = run = waiting.pop(future)
-                    entry = future.result()
+                    name, seed = waiting.pop(future)
+                    try:
+                        entry = future.result()
+                    except Exception as error:
+                        failed.append(f"{name} with seed {seed} ({rs_grpo.first_line(error)})")
+                        continue
                     results = read_results(path, plan)  # again: another process may have added to it
                     results["runs"].setdefault(name, {})[str(seed)] = entry
                     write_results(path, results)
-                    done_steps += steps[run]
-                under_way = (Path(plan.folder) / f"{name}-seed{seed}" / rs_grpo.METRICS for name, seed in waiting.values())
-                bar.n = done_steps + sum(len(metrics.read_bytes().splitlines()) for metrics in under_way if metrics.exists())
+                    shutil.rmtree(plan.run_folder(name, seed))
+                bar.n = sum(steps[run] for run in todo if run not in waiting.values())
+                for run in waiting.values():
+                    with contextlib.suppress(FileNotFoundError):
+                        bar.n += len((plan.run_folder(*run) / rs_grpo.METRICS).read_bytes().splitlines())
                 bar.set_postfix_str(f"{len(todo) - len(waiting)} finished", refresh=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # Ctrl-C: end the workers at once, their runs go on from their checkpoints
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
+    if failed:
+        raise BadInput(f"not finished: {', '.join(failed)}; the logs in {plan.folder} say more, and the same command tries again")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -269,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="train nothing, only draw and print what is there")
     parser.add_argument("--quick", action="store_true", help="2 steps each, into runs/compare-quick/: a smoke test, no evidence")
     args = parser.parse_args(arguments)
-    names, seeds = args.only.split(","), args.seeds.split(",")
+    names, seeds = list(dict.fromkeys(["base", *args.only.split(",")])), list(dict.fromkeys(args.seeds.split(",")))
     if unknown := set(names) - set(METHODS):
         parser.error(f"--only {', '.join(sorted(unknown))}: unknown, expected some of {', '.join(METHODS)}")
     if not all(seed.isdecimal() for seed in seeds) or args.steps < 1 or args.workers < 1:
@@ -277,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = QUICK if args.quick else Plan(steps=args.steps)
     path = Path(args.results or (f"{plan.folder}/results.json" if args.quick else HERE / "results.json"))
     figures = Path(args.figures or (plan.folder if args.quick else HERE.parent / "figures"))
-    if args.quick and not args.results:
+    if args.quick and not args.results and not args.report:
         shutil.rmtree(plan.folder, ignore_errors=True)
         seeds = seeds[:2]
     try:

@@ -52,7 +52,7 @@ class Runs:
         """Mean of `name` − `other` at each k (K,), and the bounds of its 95 % interval (2, K).
 
         The bootstrap resamples problems and training seeds, both with replacement; a problem and a seed keep their pairs,
-        since both methods saw the same. With three seeds it can only be rough.
+        since both methods saw the same. Few seeds make it rough: three of them resampled never leave their own range.
         """
         shared = [seed for seed in self.entries[name] if seed in self.entries[other]]
         a, b = (self.pass_at_k[m][[list(self.entries[m]).index(seed) for seed in shared]] for m in (name, other))
@@ -81,7 +81,7 @@ def cell(values: np.ndarray, digits: int = 1) -> str:
 def method_table(runs: Runs, names: Sequence[str], ks: Sequence[int]) -> str:
     """A row a method, mean ± standard error over seeds, in Markdown."""
     base = runs.pass_at_k["base"].mean((0, 1))
-    head = ["", *(f"pass@{k}" for k in ks), "distinct", "solved in training", "below the base from k ="]
+    head = ["", *(f"pass@{k}" for k in ks), "distinct", "solved in training", "stays below the base from k ="]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
         per_seed = runs.pass_at_k[name].mean(1)  # (S, K)
@@ -91,14 +91,18 @@ def method_table(runs: Runs, names: Sequence[str], ks: Sequence[int]) -> str:
             row += ["", ""]
         else:
             row.append(cell(100 * runs.field(name, "training", "solve_rate")[:, -1]))
-            below = [k for k, mine, bases in zip(runs.ks, per_seed.mean(0), base) if mine < bases]
-            row.append(str(below[0]) if below else f"not up to {runs.ks[-1]}")
+            above = [k for k, mine, bases in zip(runs.ks, per_seed.mean(0), base) if mine >= bases]
+            beyond = [k for k in runs.ks if not above or k > above[-1]]  # from there on it stays below
+            row.append(str(beyond[0]) if beyond else f"not up to {runs.ks[-1]}")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
 def difference_table(runs: Runs, pairs: Sequence[tuple[str, str]], ks: Sequence[int]) -> str:
-    """A row a pair: the difference of pass@k in points, and its 95 % interval over problems and seeds, in Markdown."""
+    """A row a pair with a common seed: the difference of pass@k in points, and its 95 % interval, in Markdown."""
+    pairs = [(name, other) for name, other in pairs if runs.entries[name].keys() & runs.entries[other].keys()]
+    if not pairs:
+        return ""
     lines = ["| | " + " | ".join(f"k = {k}" for k in ks) + " |", "|---" * (len(ks) + 1) + "|"]
     for name, other in pairs:
         mean, (low, high) = runs.difference(name, other)
@@ -123,15 +127,15 @@ def report(results: Mapping[str, Any], methods: Mapping[str, Any], figures: Path
     ]
     rivals = {"grpo": main, "base": main, "rs2": [name for name in main if name not in ("grpo", "mean", "rs4", "rs8")]}
     pairs = [(name, other) for other in rivals if other in main for name in rivals[other] if name not in ("base", other)]
-    if pairs:
-        text += ["Differences, with 95 % intervals over problems and seeds:", difference_table(runs, pairs, few)]
+    if table := difference_table(runs, pairs, few):
+        text += ["Differences in points, with 95 % intervals that resample problems and seeds:", table]
     for part in dict.fromkeys(method.part for method in methods.values()):
         if part == "main" or not (names := runs.of_part(part)):
             continue
         compared = [(name, names[0]) for name in names[1:]] if part != "schedules of β" else []
         compared += [(name, other) for name in names for other in ("rs2", "rs8") if part == "schedules of β" and other in main]
         text += [f"{part[0].upper()}{part[1:]}:", method_table(runs, names, ks)]
-        text += [difference_table(runs, compared, few)] if compared else []
+        text += filter(None, [difference_table(runs, compared, few)])
     figures.mkdir(parents=True, exist_ok=True)
     for name, draw in {"passk": draw_pass_at_k, "beta": draw_beta, "methods": draw_methods, "diversity": draw_diversity}.items():
         figure = draw(runs)
@@ -139,7 +143,7 @@ def report(results: Mapping[str, Any], methods: Mapping[str, Any], figures: Path
             figure.text(0.5, 0.5, mark, fontsize=24, color="red", alpha=0.4, ha="center", va="center", rotation=20)
         figure.savefig(figures / f"{name}.png", dpi=130)
     spent = [entry["seconds"] for seeds in runs.entries.values() for entry in seeds.values()]
-    text.append(f"{len(spent)} runs, {sum(spent) / 60:.0f} minutes in all, each alone on its core")
+    text.append(f"{len(spent)} runs, {sum(spent) / 60:.0f} minutes of computing")
     return "\n\n".join(text)
 
 
@@ -210,9 +214,8 @@ def draw_methods(runs: Runs) -> Any:
     for name in (name for name in names if name != "base"):
         curve = runs.field(name, "curve", "step")[0]
         for axes, k in ((panels[0], "1"), (panels[1], "32")):
-            axes.plot(curve, runs.field(name, "curve", f"pass@{k}").mean(0), color=COLORS[name], lw=1.6)
-        training = runs.field(name, "training", "step")[0]
-        panels[2].plot(training, runs.field(name, "training", "entropy").mean(0), color=COLORS[name], lw=1.6)
+            line(axes, runs, name, curve, runs.field(name, "curve", f"pass@{k}"), lw=1.5)
+        line(panels[2], runs, name, runs.field(name, "training", "step")[0], runs.field(name, "training", "entropy"), lw=1.5)
     middle = runs.ks.index(32) if 32 in runs.ks else -1
     for name in names:
         (x, y), (dx, dy) = mean_and_error(runs.pass_at_k[name].mean(1)[:, [0, middle]])
@@ -228,19 +231,22 @@ def draw_methods(runs: Runs) -> Any:
 
 def draw_diversity(runs: Runs) -> Any:
     """How many different correct answers, and which problems gain accuracy: the paper's Figure 7."""
-    figure = new_figure(13, 4.6)
-    bars, *maps = figure.subplots(1, 3, width_ratios=(1, 1, 1))
+    figure = new_figure(16, 4.4)
+    bars, *maps = figure.subplots(1, 4, width_ratios=(1.1, 1, 1, 1))
     names = [name for name in runs.of_part("main") if name in COLORS][::-1]
     mean, error = zip(*(mean_and_error(runs.field(name, "distinct").mean(1)) for name in names))
     bars.barh(range(len(names)), mean, xerr=np.nan_to_num(error), color=[COLORS[name] for name in names], capsize=2, alpha=0.85)
     bars.set_yticks(range(len(names)), [runs.methods[name].label for name in names])
     finish(bars, title="distinct correct answers", xlabel=f"a problem, in {runs.ks[-1]} samples")
-    for axes, name in zip(maps, ("rs2", "rs8")):
-        axes.set_title(f"share of problems (%), β = {name[2:]}")
+    titles = {"grpo": "GRPO, another seed", "rs2": "RS-GRPO, β = 2", "rs8": "RS-GRPO, β = 8"}  # the first shows mere luck
+    for axes, name in zip(maps, titles):
+        axes.set_title(f"share of problems (%): {titles[name]}", fontsize=11)
         if name not in runs.entries or "grpo" not in runs.entries:
             continue
-        shared = [seed for seed in runs.entries[name] if seed in runs.entries["grpo"]]
-        mine, other = (np.concatenate([runs.entries[m][seed]["correct"] for seed in shared]) for m in (name, "grpo"))
+        seeds = [seed for seed in runs.entries["grpo"] if seed in runs.entries[name]]
+        partners = seeds[1:] + seeds[:1] if name == "grpo" else seeds
+        mine = np.concatenate([runs.entries[name][seed]["correct"] for seed in partners])
+        other = np.concatenate([runs.entries["grpo"][seed]["correct"] for seed in seeds])
         n = runs.ks[-1]
         square = np.zeros((len(BINS), len(BINS)))
         np.add.at(square, (np.ceil(mine * 5 / n).astype(int), np.ceil(other * 5 / n).astype(int)), 100 / len(mine))
@@ -251,5 +257,5 @@ def draw_diversity(runs: Runs) -> Any:
         axes.plot([-0.5, len(BINS) - 0.5], [-0.5, len(BINS) - 0.5], color="0.4", lw=0.8, ls=":")
         axes.set_xticks(range(len(BINS)), BINS)
         axes.set_yticks(range(len(BINS)), BINS)
-        axes.set(xlabel="accuracy under GRPO", ylabel=f"accuracy under RS-GRPO, β = {name[2:]}")
+        axes.set(xlabel="accuracy under GRPO", ylabel=f"accuracy under {titles[name]}")
     return figure

@@ -138,7 +138,7 @@ def main() -> None:
         ("sampling", 2 * parameters * tokens, sampling),
         ("learning", 6 * parameters * tokens * signal, seconds - sampling),
     ):
-        print(f"{name:>24} {work / 1e9:.1f} GFLOP of matrix products in {spent:.3f} s: {work / spent / 1e9:.0f} GFLOP/s")
+        print(f"{name:>24} {work / 1e9:.1f} GFLOP if nothing were shared, in {spent:.3f} s: {work / spent / 1e9:.0f} GFLOP/s")
     for rows, width in ((2048, 2048), (512, 128)):
         print(f"{f'({rows}, {width}) product':>24} {alone(args.threads, matmul_rate, rows, width) / 1e9:.0f} GFLOP/s")
 
