@@ -122,17 +122,15 @@ class Config:
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
             expect(type(value) is kind or (kind is float and type(value) is int), f.name, f"of type {kind.__name__}")
-        for name in (f.name for f in fields(self) if type(f.default) is int):
-            least = 0 if name in ("steps", "eval_samples", "eval_every", "seed", "dynamic_sampling") else 1
-            expect(getattr(self, name) >= least, name, f"at least {least}")
+            least = 0 if f.name in ("steps", "eval_samples", "eval_every", "seed", "dynamic_sampling") else 1
+            expect(kind is not int or value >= least, f.name, f"at least {least}")
+            expect(kind is not float or math.isfinite(value), f.name, "a finite number")
+        for name in ("lr", "temperature", "clip_high"):
+            expect(getattr(self, name) > 0, name, "above 0")
         expect(self.updates <= self.prompts, "updates", f"at most --prompts, {self.prompts}")
         expect(0 < self.clip_low < 1, "clip_low", "between 0 and 1")
-        expect(0 < self.clip_high < math.inf, "clip_high", "a finite number above 0")
         expect(self.precision in ("auto", "float32", "bfloat16"), "precision", "auto, float32 or bfloat16")
         expect(self.samples >= 2, "samples", "at least 2: an advantage compares the samples of a group")
-        expect(math.isfinite(self.beta), "beta", "a finite number")
-        expect(math.isfinite(self.lr) and self.lr > 0, "lr", "a finite number above 0")
-        expect(math.isfinite(self.temperature) and self.temperature > 0, "temperature", "a finite number above 0")
         expect(self.task != "", "task", "the name of a task")
         expect(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}")
         if self.advantage in ("chen", "mahdavi", "pkpo", "pkpo_loo"):
@@ -328,26 +326,16 @@ def is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 10 == 0
 
 
-def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, int | Fraction | None]:
-    """A random binary tree over `numbers` and + - * /: its text with the fewest brackets, and its exact value.
-
-    The value is None where the tree divides by zero.
-    """
-    trees = [(str(n), n, 3) for n in numbers]  # (text, value, how tightly its outermost operator binds)
-    while len(trees) > 1:
-        left, left_value, left_binds = trees.pop(rng.randrange(len(trees)))
-        right, right_value, right_binds = trees.pop(rng.randrange(len(trees)))
-        symbol = rng.choice("+-*/")
-        binds = 1 if symbol in "+-" else 2
-        if symbol == "/" and right_value == 0:
-            return "", None
-        value = OPERATORS[symbol](left_value, right_value)
-        if left_binds < binds:
-            left = f"({left})"
-        if right_binds < binds or (right_binds == binds and symbol in "-/"):
-            right = f"({right})"
-        trees.append((left + symbol + right, value, binds))
-    return trees[0][0], trees[0][1]
+def random_value(numbers: Iterable[int], rng: random.Random) -> int | Fraction | None:
+    """The exact value of a random binary tree over `numbers` and + - * /; None where it divides by zero."""
+    values: list[int | Fraction] = list(numbers)
+    while len(values) > 1:
+        left, right = (values.pop(rng.randrange(len(values))) for _ in range(2))
+        operate = rng.choice(list(OPERATORS.values()))
+        if operate is Fraction and right == 0:
+            return None
+        values.append(operate(left, right))
+    return values[0]
 
 
 def countdown_problem(numbers: Iterable[int], target: int) -> Problem:
@@ -369,7 +357,7 @@ def countdown_problems(count: int, held_out: bool) -> list[Problem]:
     problems: dict[str, Problem] = {}
     while len(problems) < count:
         numbers = [rng.randint(1, 13) for _ in range(4)]
-        value = random_expression(numbers, rng)[1]
+        value = random_value(numbers, rng)
         if value is not None and value.denominator == 1 and 1 <= value <= 99:
             problem = countdown_problem(numbers, int(value))
             if is_held_out(problem.prompt) == held_out:

@@ -33,6 +33,7 @@ import bandit
 import rs_grpo
 from experiments import compare, math_tasks, more_tasks, report, static_decoding
 from experiments.math_tasks import equivalent, last_box, math_rewards, plain_number
+from experiments.pretrain import random_expression
 from experiments.static_decoding import sample_static
 from rs_grpo import (
     ADVANTAGES,
@@ -60,7 +61,7 @@ from rs_grpo import (
     pass_at_k,
     pkpo_advantage,
     policy_gradient,
-    random_expression,
+    random_value,
     risk_sensitive_advantage,
     sample,
     train,
@@ -364,6 +365,15 @@ def test_a_random_expression_earns_its_reward():
         text, value = random_expression(numbers, rng)
         if value is not None:
             assert countdown_reward(text, numbers, value) == 1.0, text
+
+
+def test_problems_and_the_pretraining_corpus_draw_their_trees_alike():
+    ours, theirs = random.Random(4), random.Random(4)
+    for _ in range(2000):
+        numbers = [ours.randint(1, 13) for _ in range(4)]
+        assert [theirs.randint(1, 13) for _ in range(4)] == numbers
+        assert random_value(numbers, ours) == random_expression(numbers, theirs)[1]
+    assert ours.random() == theirs.random()
 
 
 def test_held_out_problems_are_in_no_training_set_and_not_in_the_pretraining_corpus():

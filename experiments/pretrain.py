@@ -16,6 +16,8 @@ import argparse
 import random
 import string
 import sys
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -25,11 +27,30 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rs_grpo import countdown_problem, is_held_out, random_expression  # noqa: E402
+from rs_grpo import OPERATORS, countdown_problem, is_held_out  # noqa: E402
 
 CHAIN_SHARE = 0.9
 BATCH = 256
 LEARNING_RATE = 3e-3
+
+
+def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, int | Fraction | None]:
+    """The tree of `rs_grpo.random_value`, drawn alike, with the fewest brackets that it needs: its text and its value."""
+    trees = [(str(n), n, 3) for n in numbers]  # (text, value, how tightly its outermost operator binds)
+    while len(trees) > 1:
+        left, left_value, left_binds = trees.pop(rng.randrange(len(trees)))
+        right, right_value, right_binds = trees.pop(rng.randrange(len(trees)))
+        symbol = rng.choice("+-*/")
+        binds = 1 if symbol in "+-" else 2
+        if symbol == "/" and right_value == 0:
+            return "", None
+        value = OPERATORS[symbol](left_value, right_value)
+        if left_binds < binds:
+            left = f"({left})"
+        if right_binds < binds or (right_binds == binds and symbol in "-/"):
+            right = f"({right})"
+        trees.append((left + symbol + right, value, binds))
+    return trees[0][0], trees[0][1]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
