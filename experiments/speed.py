@@ -41,9 +41,9 @@ def alone(threads: int, function: Any, *args: Any) -> Any:
 
 def time_ours(advantage: str, steps: int, settings: dict) -> list[dict]:
     """Metrics of `steps` training steps after one to warm up."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(Config(out=folder, advantage=advantage, steps=steps + 1, eval_problems=1, eval_samples=2, **settings))
+    quiet = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
+        train(Config(out=folder, advantage=advantage, steps=steps + 1, eval_problems=1, eval_samples=2, **settings))
         return [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")][1:]
 
 
@@ -64,7 +64,8 @@ def time_trl(steps: int, config: Config, problems: list[Problem]) -> list[float]
 
     policy, clock = load_policy(config), Clock()
     clock.ends = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+    quiet = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
         trainer = GRPOTrainer(
             model=policy.model,
             reward_funcs=reward,
