@@ -13,13 +13,13 @@ and only one function changes, the advantage of sample i among the N samples of 
 prompt, judge them by a rule, take one on-policy gradient step. Left out, because the method needs none of them: a
 value network, a reward model, a KL penalty, a reference model. A first reader can stop after `train`.
 
-    python rs_grpo.py                         # train the embedded model on Countdown, pass@k before and after: 3 minutes
+    python rs_grpo.py                         # train the embedded model on Countdown, pass@k before and after: 2 minutes
     python rs_grpo.py --advantage grpo        # the same with GRPO
     python rs_grpo.py --resume                # go on where a killed run stopped, to the same numbers
     python rs_grpo.py --model Qwen/Qwen2.5-Math-1.5B --task math12k --eval-task math500 --lr 1e-6 --max-tokens 3000
 
-On two CPU cores, over three seeds, the first takes pass@1 from 17.8 to 26.1 % and pass@32 from 41.7 to 54.5 %, where
-GRPO gets to 24.3 and 42.2 %.
+On 256 held-out problems, over three seeds of 800 steps (experiments/compare.py), pass@1/@32/@256 go from 19.0/47.1/65.2 %
+to 27.0/58.4/65.9 % with β = 2, and to 28.9/46.3/55.5 % with GRPO: a better first answer, and fewer problems within reach.
 
 Legend: P prompts a step, N samples a prompt, B = P·N rows, L prompt tokens, T completion tokens, V vocabulary.
 A rollout is a prompt's tokens and one completion of it; a group is the N rollouts of one prompt.
