@@ -833,6 +833,17 @@ def test_the_solve_rate_counts_every_training_problem_solved_so_far(tmp_path):
     assert all(a["solve_rate"] <= b["solve_rate"] for a, b in zip(lines, lines[1:])) and lines[-1]["solve_rate"] > 0
 
 
+def test_a_problem_that_is_twice_in_a_batch_is_solved_if_either_is(tiny, tmp_path, monkeypatch):
+    load_task = rs_grpo.load_task
+
+    def first_half_right(completions, answers):
+        return [float(i < len(completions) / 2) for i in range(len(completions))]
+
+    monkeypatch.setattr(rs_grpo, "load_task", lambda config: load_task(config)._replace(rewards=first_half_right))
+    train(small(tiny, tmp_path, steps=1, train_problems=1, prompts=2))
+    assert read_metrics(tmp_path)[0]["solve_rate"] == 1
+
+
 def test_zero_steps_only_evaluate_the_embedded_model(tmp_path):
     results = train(Config(out=str(tmp_path / "run"), steps=0, eval_problems=32, eval_samples=32))
     assert results["trained"] == results["base"] and not (tmp_path / "run" / "model").exists()
@@ -2385,3 +2396,11 @@ def test_ctrl_c_ends_a_comparison_and_its_workers_and_the_next_one_goes_on(tmp_p
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(json.loads((tmp_path / "results.json").read_text())["runs"]) == {"base", "grpo"}
+
+
+def test_the_readmes_show_the_tables_that_results_json_gives(tmp_path):
+    printed = report.report(compare.read_results(ROOT / "experiments" / "results.json", compare.Plan()), compare.METHODS, tmp_path)
+    shown = {line for name in ("README.md", "experiments/README.md") for line in (ROOT / name).read_text().splitlines()}
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) > 40 and set(rows) <= shown
+    assert printed.splitlines()[-1].split(",")[0] in (ROOT / "experiments" / "README.md").read_text()  # the number of runs
