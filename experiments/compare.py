@@ -77,8 +77,10 @@ def annealed_beta(config: Config) -> float:
     return 8 * (1 - done / config.steps)
 
 
-ADVANTAGES |= {f"{name}_rescaled": lambda r, c, name=name: rescaled(ADVANTAGES[name](r, c)) for name in ("rs", "mean", "grpo")}
-ADVANTAGES |= {
+VARIANTS = {
+    "rs_rescaled": lambda rewards, config: rescaled(ADVANTAGES["rs"](rewards, config)),
+    "mean_rescaled": lambda rewards, config: rescaled(ADVANTAGES["mean"](rewards, config)),
+    "grpo_rescaled": lambda rewards, config: rescaled(ADVANTAGES["grpo"](rewards, config)),
     "rs_kl": lambda rewards, config: risk_sensitive_advantage(rewards, beta_of_constant_kl(rewards)),
     "rs_accuracy": lambda rewards, config: risk_sensitive_advantage(rewards, beta_of_accuracy(rewards)),
     "rs_annealed": lambda rewards, config: risk_sensitive_advantage(rewards, annealed_beta(config)),
@@ -156,6 +158,7 @@ def run_one(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     """Train one method with one seed and evaluate it: an entry of results.json. Goes on with an unfinished run."""
     method, folder, started = METHODS[name], plan.run_folder(name, seed), time.perf_counter()
     load_task = rs_grpo.load_task
+    ADVANTAGES.update(VARIANTS)
     if method.partial_credit:
         rs_grpo.load_task = lambda config: load_task(config)._replace(rewards=partial_credit)
     common = {"seed": seed, "eval_problems": plan.eval_problems, "eval_rows": 1024, "micro_tokens": 2048}
