@@ -2,7 +2,7 @@
 
     python experiments/compare.py            # the plan of experiments/README.md; goes on where it was stopped
     python experiments/compare.py --report   # only the table and the figures again, from results.json
-    python experiments/compare.py --quick    # every method for 2 steps, to see that all of it works: some 80 seconds
+    python experiments/compare.py --quick    # every method for 2 steps, to see that all of it works: under a minute
 
 Runs of one seed see the same problems in the same order, and all are evaluated on the same held-out problems with the
 same random numbers. A finished run is kept in results.json and not made again; an unfinished one goes on from its

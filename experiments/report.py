@@ -18,7 +18,7 @@ COLORS = {
     "chen": "tab:green", "mahdavi": "tab:purple", "pkpo": "tab:brown", "pkpo_loo": "tab:olive", "maxrl": "tab:cyan",
 }  # fmt: skip
 DRAWS = 10_000  # of the bootstrap
-BINS = ("0", "≤ .2", "≤ .4", "≤ .6", "≤ .8", "≤ 1")  # of a problem's accuracy: {0}, (0, .2] … (.8, 1]
+BINS = ("0", "0–.2", ".2–.4", ".4–.6", ".6–.8", ".8–1")  # of a problem's accuracy: {0}, (0, .2] … (.8, 1]
 
 
 class Runs:
@@ -198,7 +198,7 @@ def draw_beta(runs: Runs) -> Any:
         curve = runs.field(name, "curve", "step")[0]
         line(panels[2], runs, name, curve, runs.field(name, "curve", "pass@1"))
         line(panels[3], runs, name, curve, runs.field(name, "curve", "pass@32"))
-    finish(panels[0], title="cumulative solve rate", ylabel="training problems solved at least once (%)")
+    finish(panels[0], title="cumulative solve rate", ylabel="training problems solved (%)")
     finish(panels[1], title="training reward", ylabel="mean reward")
     finish(panels[2], title="held-out pass@1", ylabel="%", xlabel="step")
     finish(panels[3], title="held-out pass@32", ylabel="%", xlabel="step")
@@ -231,8 +231,8 @@ def draw_methods(runs: Runs) -> Any:
 
 def draw_diversity(runs: Runs) -> Any:
     """How many different correct answers, and which problems gain accuracy: the paper's Figure 7."""
-    figure = new_figure(16, 4.4)
-    bars, *maps = figure.subplots(1, 4, width_ratios=(1.1, 1, 1, 1))
+    figure = new_figure(11, 9)
+    bars, *maps = figure.subplots(2, 2).flatten()
     names = [name for name in runs.of_part("main") if name in COLORS][::-1]
     mean, error = zip(*(mean_and_error(runs.field(name, "distinct").mean(1)) for name in names))
     bars.barh(range(len(names)), mean, xerr=np.nan_to_num(error), color=[COLORS[name] for name in names], capsize=2, alpha=0.85)
@@ -240,7 +240,7 @@ def draw_diversity(runs: Runs) -> Any:
     finish(bars, title="distinct correct answers", xlabel=f"a problem, in {runs.ks[-1]} samples")
     titles = {"grpo": "GRPO, another seed", "rs2": "RS-GRPO, β = 2", "rs8": "RS-GRPO, β = 8"}  # the first shows mere luck
     for axes, name in zip(maps, titles):
-        axes.set_title(f"share of problems (%): {titles[name]}", fontsize=11)
+        axes.set_title(f"share of problems (%): {titles[name]}")
         if name not in runs.entries or "grpo" not in runs.entries:
             continue
         seeds = [seed for seed in runs.entries["grpo"] if seed in runs.entries[name]]
@@ -253,7 +253,7 @@ def draw_diversity(runs: Runs) -> Any:
         axes.imshow(square, origin="lower", cmap="Reds", vmax=25)
         for (i, j), value in np.ndenumerate(square):
             if value:
-                axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if value > 15 else "black")
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9, color="white" if value > 15 else "black")
         axes.plot([-0.5, len(BINS) - 0.5], [-0.5, len(BINS) - 0.5], color="0.4", lw=0.8, ls=":")
         axes.set_xticks(range(len(BINS)), BINS)
         axes.set_yticks(range(len(BINS)), BINS)
