@@ -32,17 +32,17 @@ import ast
 import contextlib
 import copy
 import functools
+import inspect
 import json
 import math
 import operator
 import os
-import random
 import re
 import signal
 import sys
+import threading
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -74,7 +74,6 @@ class BadInput(ValueError):
 
 
 # --- Configuration: this dataclass is the one source, the command line is made from it. -------------------------------
-
 
 def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -121,21 +120,20 @@ class Config:
 
         for f in fields(self):
             value, kind = getattr(self, f.name), type(f.default)
-            expect(type(value) is kind or (kind is float and type(value) is int), f.name, f"of type {kind.__name__}")
             least = 0 if f.name in ("steps", "eval_samples", "eval_every", "seed", "dynamic_sampling") else 1
+            expect(type(value) is kind or (kind is float and type(value) is int), f.name, f"of type {kind.__name__}")
             expect(kind is not int or value >= least, f.name, f"at least {least}")
             expect(kind is not float or math.isfinite(value), f.name, "a finite number")
-        for name in ("lr", "temperature", "clip_high"):
-            expect(getattr(self, name) > 0, name, "above 0")
+            expect(f.name not in ("lr", "temperature", "clip_low", "clip_high") or value > 0, f.name, "above 0")
+        expect(self.clip_low < 1, "clip_low", "below 1")
         expect(self.updates <= self.prompts, "updates", f"at most --prompts, {self.prompts}")
-        expect(0 < self.clip_low < 1, "clip_low", "between 0 and 1")
-        expect(self.precision in ("auto", "float32", "bfloat16"), "precision", "auto, float32 or bfloat16")
         expect(self.samples >= 2, "samples", "at least 2: an advantage compares the samples of a group")
         expect(self.task != "", "task", "the name of a task")
+        expect(self.precision in ("auto", "float32", "bfloat16"), "precision", "auto, float32 or bfloat16")
         expect(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}")
         if self.advantage in ("chen", "mahdavi", "pkpo", "pkpo_loo"):
-            expect(self.k <= self.samples, "k", f"at most --samples, {self.samples}")
-            expect(self.k >= 2 or self.advantage != "pkpo_loo", "k", "at least 2 for pkpo_loo")
+            least = 2 if self.advantage == "pkpo_loo" else 1
+            expect(least <= self.k <= self.samples, "k", f"from {least} to --samples, {self.samples}")
 
     @property
     def run_folder(self) -> Path:
@@ -144,7 +142,6 @@ class Config:
 
 
 # --- Advantages: the one function that changes. All map rewards (P, N) to (P, N). -------------------------------------
-
 
 def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     """Risk-sensitive advantage: prefer what lifts (1/β) log E[exp(β r)] over what lifts the mean.
@@ -238,20 +235,19 @@ def pkpo_advantage(rewards: Tensor, k: int, leave_one_out: bool = False) -> Tens
     Raises ValueError for k outside 1 … N (2 … N with leave_one_out).
     """
     rewards, _ = _groups(rewards, k, least_k=2 if leave_one_out else 1, binary=False)
-    n = rewards.shape[1]
-    r, order = rewards.double().sort(dim=1)  # (P, N), upwards
+    r, order = rewards.double().sort(dim=1)  # (P, N), upwards: below sample j lie j others
+    r = r - r[:, :1] * leave_one_out  # there a constant cancels, and a group of equal rewards becomes exactly 0
+    n = r.shape[1]
 
-    def subsets(size: int, offset: int) -> Tensor:  # (N,): C(j−offset, size) / C(N, k) for j = 1 … N
-        counts = [math.comb(j - offset, size) if j >= offset and size >= 0 else 0 for j in range(1, n + 1)]
+    def share(below: int, others: int) -> Tensor:  # (N,): C(j − below, others) / C(N, k) for j = 0 … N−1
+        counts = [math.comb(max(j - below, 0), others) if others >= 0 else 0 for j in range(n)]
         return torch.tensor([count / math.comb(n, k) for count in counts], dtype=torch.float64, device=r.device)
 
-    if leave_one_out:  # i matters only where it is the best; the second best is some j below it
-        r = r - r[:, :1]  # a constant cancels; a group of equal rewards becomes exactly 0
-        second_best = (subsets(k - 2, 1) * r).cumsum(1)
-        score = subsets(k - 1, 1) * r - (second_best - subsets(k - 2, 1) * r)
+    best = share(0, k - 1) * r  # (P, N)
+    if leave_one_out:  # i counts where it is the best, by what it is better than the second best, some j below
+        score = best - ((share(0, k - 2) * r).cumsum(1) - share(0, k - 2) * r)
     else:  # i is the best, or some j above it is
-        above = (subsets(k - 2, 2) * r).flip(1).cumsum(1).flip(1)
-        score = subsets(k - 1, 1) * r + (above - subsets(k - 2, 2) * r)
+        score = best + ((share(1, k - 2) * r).flip(1).cumsum(1).flip(1) - share(1, k - 2) * r)
     return torch.empty_like(score).scatter_(1, order, score).to(rewards.dtype)
 
 
@@ -297,9 +293,7 @@ ADVANTAGES: dict[str, Callable[[Tensor, Config], Tensor]] = {
 
 # --- A task with a verifiable reward: Countdown -----------------------------------------------------------------------
 
-
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}  # on integers and fractions: exact
-NODES = dict(zip((ast.Add, ast.Sub, ast.Mult, ast.Div), OPERATORS.values()))  # all that an answer may consist of
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}  # all exact
 MAX_EXPRESSION = 100  # characters of a Countdown answer; a longer one is wrong
 
 
@@ -321,48 +315,23 @@ class Task(NamedTuple):
     failures: Callable[[], int] = lambda: 0  # judgements given up so far: too slow, or a crash
 
 
-def is_held_out(text: str) -> bool:
-    """Whether a problem belongs to the held-out tenth: decided by a hash of what it asks, so never by luck."""
-    return zlib.crc32(text.encode()) % 10 == 0
-
-
-def random_value(numbers: Iterable[int], rng: random.Random) -> int | Fraction | None:
-    """The exact value of a random binary tree over `numbers` and + - * /; None where it divides by zero."""
-    values: list[int | Fraction] = list(numbers)
-    while len(values) > 1:
-        left, right = (values.pop(rng.randrange(len(values))) for _ in range(2))
-        operate = rng.choice(list(OPERATORS.values()))
-        if operate is Fraction and right == 0:
-            return None
-        values.append(operate(left, right))
-    return values[0]
-
-
-def countdown_problem(numbers: Iterable[int], target: int) -> Problem:
-    """The problem of reaching `target` with `numbers`; its prompt is `4,7,9,12=48:`, numbers sorted."""
-    numbers = tuple(sorted(numbers))
-    return Problem(f"{','.join(map(str, numbers))}={target}:", (numbers, target))
+def countdown_problem(prompt: str) -> Problem:
+    """The problem that a prompt such as `4,7,9,12=48:` asks: reach 48 with 4, 7, 9 and 12."""
+    *numbers, target = map(int, re.findall("[0-9]+", prompt))
+    return Problem(prompt, (tuple(numbers), target))
 
 
 def countdown_problems(count: int, held_out: bool) -> list[Problem]:
-    """The first `count` different problems of the training side or of the held-out one, each with a solution.
+    """The first `count` problems of countdown-base/train.txt or held-out.txt. Raises BadInput if there are not that many.
 
-    Four numbers from 1 to 13 and the value of a random expression tree over them, kept if it is a whole number from
-    1 to 99. Raises BadInput if there are not that many.
+    Four numbers from 1 to 13 and a target from 1 to 99, the value of a random expression tree over them, so that each has
+    a solution; experiments/pretrain.py wrote them.
     """
-    most = 5_000 if held_out else 50_000  # below what exists, so that the search ends
-    if count > most:
-        raise BadInput(f"{count} Countdown problems were asked for, but there are {most} to {'evaluate' if held_out else 'train'} on; ask for fewer")
-    rng = random.Random(f"countdown, held out: {held_out}")
-    problems: dict[str, Problem] = {}
-    while len(problems) < count:
-        numbers = [rng.randint(1, 13) for _ in range(4)]
-        value = random_value(numbers, rng)
-        if value is not None and value.denominator == 1 and 1 <= value <= 99:
-            problem = countdown_problem(numbers, int(value))
-            if is_held_out(problem.prompt) == held_out:
-                problems[problem.prompt] = problem
-    return list(problems.values())
+    path = HERE / EMBEDDED / ("held-out.txt" if held_out else "train.txt")
+    prompts = path.read_text().split() if path.exists() else []
+    if count > len(prompts):
+        raise BadInput(f"{count} Countdown problems were asked for, but {path} has {len(prompts)}; ask for fewer")
+    return [countdown_problem(prompt) for prompt in prompts[:count]]
 
 
 def countdown_reward(completion: str, numbers: Sequence[int], target: int) -> float:
@@ -383,7 +352,7 @@ def countdown_value(completion: str, numbers: Sequence[int]) -> int | Fraction |
         return None
 
     def value(node: Any) -> int | Fraction:
-        return node.value if isinstance(node, ast.Constant) else NODES[type(node.op)](value(node.left), value(node.right))
+        return node.value if isinstance(node, ast.Constant) else OPERATORS[type(node.op)](value(node.left), value(node.right))
 
     try:
         return value(ast.parse(completion.strip(), mode="eval").body)
@@ -392,7 +361,6 @@ def countdown_value(completion: str, numbers: Sequence[int]) -> int | Fraction |
 
 
 # --- Sampling ---------------------------------------------------------------------------------------------------------
-
 
 class Policy(NamedTuple):
     """A causal language model with what is needed to sample from it."""
@@ -421,60 +389,65 @@ def encode(policy: Policy, prompts: Sequence[str], instruction: str = "") -> tup
     With an `instruction`, as a chat's first message where the tokenizer has a chat template, as plain text otherwise.
     """
     tokenizer, chat = policy.tokenizer, bool(instruction and policy.tokenizer.chat_template)
-    if instruction:
-        prompts = [f"{prompt}\n{instruction}" for prompt in prompts]
     if chat:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        turns = [[{"role": "user", "content": f"{prompt}\n{instruction}"}] for prompt in prompts]
         prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     elif instruction:
-        prompts = [f"{prompt}\n\n" for prompt in prompts]
-    # A template has its own BOS. Any id will do for padding: the mask hides it.
-    rows = [torch.tensor(tokenizer(prompt, add_special_tokens=not chat).input_ids) for prompt in prompts]
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    return pad(rows).to(policy.device), pad([torch.ones_like(row) for row in rows]).to(policy.device)
+        prompts = [f"{prompt}\n{instruction}\n\n" for prompt in prompts]
+    rows = [torch.tensor(tokenizer(prompt, add_special_tokens=not chat).input_ids) for prompt in prompts]  # a chat has its BOS
+    ids = torch.nn.utils.rnn.pad_sequence(rows, True, -1, "left").to(policy.device)
+    return ids.clamp(min=0), (ids >= 0).long()  # any id will do for padding: the mask hides it
 
 
-def prefill(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+def hidden_states(model: Any, ids: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+    """Final hidden states (B, T, D) of `ids` (B, T), which follow what is in `cache`; their keys and values are added there.
+
+    mask: (B, tokens in the cache + T), 0 on padding, which takes no position.
+    """
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, T)
+    past = {cache_argument(type(model.base_model)): cache, "use_cache": cache is not None}
+    return model.base_model(ids, attention_mask=mask, position_ids=positions, **past).last_hidden_state
+
+
+@functools.cache
+def cache_argument(model_class: type) -> str:
+    """What a model calls its cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model_class.forward).parameters else "past_key_values"
+
+
+def prefill(model: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Any]:
     """Run the prompts (P, L) once: the final hidden state of their last token (P, D), and the cache of their keys."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding doesn't count
-    out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    return out.last_hidden_state[:, -1], out.past_key_values
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    return hidden_states(model, prompt_ids, prompt_mask, cache)[:, -1], cache
 
 
 @torch.no_grad()
-def sample(
-    model: Any,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    samples: int,
-    max_tokens: int,
-    temperature: float,
-    stop_ids: Tensor,
-    generator: torch.Generator,
-) -> Rollouts:
-    """Draw `samples` completions of each prompt from softmax(logits / temperature), nothing cut off.
+def sample(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, samples: int, config: Config, generator: Any) -> Rollouts:
+    """Draw `samples` completions of each prompt (P, L) from softmax(logits / temperature), nothing cut off.
 
     Samples of a prompt that are equal so far are one row of the batch: at first all of them, so that each prompt is run
-    once and its cache shared, then fewer and fewer. A sample that drew one of `stop_ids` (S,) leaves the batch, so the
-    last steps run on the few longest alone.
+    once and its cache shared, then fewer and fewer. A sample that drew a stop token leaves the batch, so the last steps
+    run on the few longest alone.
     """
-    head, device = model.get_output_embeddings(), prompt_ids.device
+    model, device = policy.sampler, prompt_ids.device
     hidden, cache = prefill(model, prompt_ids, prompt_mask)  # R = P rows
     mask = prompt_mask  # (R, L), growing by one column a token
     going = torch.arange(len(prompt_ids) * samples, device=device)  # (B',): which samples are still being written
     owner = row = going // samples  # (B',): the row that holds what each of them has so far
-    ids = torch.zeros(len(going), max_tokens, dtype=torch.long, device=device)  # (B, T)
+    ids = torch.zeros(len(going), config.max_tokens, dtype=torch.long, device=device)  # (B, T)
     lengths = torch.zeros_like(going)  # (B,)
     entropy = torch.zeros((), device=device)
-    for t in range(max_tokens):
-        logits = head(hidden[row]).float() / temperature
+    for t in range(config.max_tokens):
+        logits = model.get_output_embeddings()(hidden[row]).float() / config.temperature
         probs = torch.softmax(logits, -1)  # (B', V)
         token = torch.multinomial(probs, 1, generator=generator).squeeze(1)  # (B',)
         ids[going, t] = token
         lengths[going] = t + 1
         entropy += torch.special.entr(probs).sum()
-        unfinished = ~torch.isin(token, stop_ids)
-        if t + 1 == max_tokens or not unfinished.any():
+        unfinished = ~torch.isin(token, policy.stop_ids)
+        if t + 1 == config.max_tokens or not unfinished.any():
             break
         going, row, token = going[unfinished], row[unfinished], token[unfinished]
         fork, row = (row * logits.shape[1] + token).unique(return_inverse=True)  # (R',): one row per different text
@@ -482,21 +455,10 @@ def sample(
         if len(parent) != len(mask) or (parent.diff() != 1).any():
             cache.batch_select_indices(parent)
             mask = mask[parent]
-        positions = mask.sum(1, keepdim=True)  # (R', 1): the tokens before this one
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        out = model.base_model(token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache)
-        hidden = out.last_hidden_state[:, -1]
-    ids = ids[:, : t + 1]
+        mask = F.pad(mask, (0, 1), value=1)
+        hidden = hidden_states(model, token[:, None], mask, cache)[:, 0]  # (R', D)
     completion_mask = torch.arange(t + 1, device=device) < lengths[:, None]  # (B, T)
-    return Rollouts(prompt_ids, prompt_mask, owner, ids, completion_mask, (entropy / lengths.sum()).item())
-
-
-def roll_out(
-    policy: Policy, task: Task, problems: Sequence[Problem], samples: int, config: Config, generator: torch.Generator
-) -> Rollouts:
-    """`sample` for a list of problems."""
-    ids, mask = encode(policy, [problem.prompt for problem in problems], task.instruction)
-    return sample(policy.sampler, ids, mask, samples, config.max_tokens, config.temperature, policy.stop_ids, generator)
+    return Rollouts(prompt_ids, prompt_mask, owner, ids[:, : t + 1], completion_mask, (entropy / lengths.sum()).item())
 
 
 def decode(policy: Policy, rollouts: Rollouts) -> list[str]:
@@ -508,7 +470,6 @@ def decode(policy: Policy, rollouts: Rollouts) -> list[str]:
 
 # --- Log-probabilities and the loss -----------------------------------------------------------------------------------
 
-
 def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> Tensor:
     """log π(token) of every completion token at the sampling temperature, (B, T), and 0 on padding; differentiable.
 
@@ -517,25 +478,18 @@ def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> T
     hidden state of token t predicts token t + 1. With gradient checkpointing there is no cache (its layers drop it), so
     each row is then run whole.
     """
-    ids, mask = rollouts.ids, rollouts.mask
-    prompt_mask = rollouts.prompt_mask[rollouts.owner]  # (B, L)
-    attended = F.pad(prompt_mask, (0, ids.shape[1] - 1), value=1)  # (B, L+T−1); padding on the right is never looked back at
-    positions = (attended.cumsum(1) - 1).clamp(min=0)  # (B, L+T−1): padding on the left doesn't count
-    length = prompt_mask.shape[1]
+    ids, mask, owner = rollouts.ids, rollouts.mask, rollouts.owner
+    attended = F.pad(rollouts.prompt_mask[owner], (0, ids.shape[1] - 1), value=1)  # (B, L+T−1): nothing looks back at padding
     if any(layer.training for layer in model.modules()):  # see `learning`
-        rows = torch.cat([rollouts.prompt_ids[rollouts.owner], ids[:, :-1]], 1)  # (B, L+T−1)
-        out = model.base_model(rows, attention_mask=attended, position_ids=positions, use_cache=False)
-        hidden = out.last_hidden_state[:, length - 1 :]  # (B, T, D)
+        rows = torch.cat([rollouts.prompt_ids[owner], ids[:, :-1]], 1)  # (B, L+T−1)
+        hidden = hidden_states(model, rows, attended)[:, -ids.shape[1] :]  # (B, T, D)
     else:
         first, cache = prefill(model, rollouts.prompt_ids, rollouts.prompt_mask)  # (P, D)
-        hidden = first.index_select(0, rollouts.owner)[:, None]  # (B, 1, D)
+        hidden = first.index_select(0, owner)[:, None]  # (B, 1, D)
         if ids.shape[1] > 1:
             for layer in cache.layers:  # index_select: its backward pass adds up in a fixed order, that of [] doesn't
-                layer.keys = layer.keys.index_select(0, rollouts.owner)
-                layer.values = layer.values.index_select(0, rollouts.owner)
-            positions = positions[:, length:]
-            out = model.base_model(ids[:, :-1], attention_mask=attended, position_ids=positions, past_key_values=cache)
-            hidden = torch.cat([hidden, out.last_hidden_state], 1)  # (B, T, D)
+                layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
+            hidden = torch.cat([hidden, hidden_states(model, ids[:, :-1], attended, cache)], 1)  # (B, T, D)
     assert hidden.shape[:2] == ids.shape  # hidden[:, t] is what the model knew when it drew ids[:, t]
     logprobs = token_logprobs(model.get_output_embeddings(), hidden[mask], ids[mask], temperature)  # (tokens,)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logprobs)
@@ -558,61 +512,31 @@ def token_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -
     return torch.cat([checkpoint(part, h, i, use_reentrant=False) for h, i in parts])
 
 
-class Batch(NamedTuple):
-    """What an update learns from."""
-
-    rollouts: Rollouts
-    advantages: Tensor  # (P, N)
-    old_logprobs: Tensor | None = None  # (B, T), for the PPO clip; None when the policy that sampled is the one that learns
-
-
-def policy_gradient(model: Any, batches: Sequence[Batch], config: Config, update: int = 0) -> float:
-    """Add the gradient of the loss to the parameters' `.grad`, and return the loss.
+def policy_gradient(model: Any, batches: Sequence[tuple[Rollouts, Tensor]], config: Config) -> float:
+    """Add the gradient of the loss to the parameters' `.grad`, and return the loss. Advantages are (P, N).
 
         loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)
 
     Its value says nothing about progress: only its gradient means something, the policy gradient with Â. The policy
     that sampled is the policy that learns, with one update a batch, so PPO's ratio π/π_old is exactly 1, its clip
-    never binds, and the gradient of ratio·Â is that of Â·log π: neither is needed. Only with --updates U, where each
-    update (0 … U−1) learns from every U-th prompt, are there old log-probabilities, and Â·log π becomes
-    min(ratio·Â, clip(ratio)·Â) (PPO, arXiv 1707.06347; the wider upper bound is DAPO's, arXiv 2503.14476).
+    never binds, and the gradient of ratio·Â is that of Â·log π: neither is needed. (--updates has them, in
+    experiments/ppo.py.)
 
     Groups without a signal have a gradient of exactly zero and are never run; equal completions of a prompt, frequent
-    where a policy is peaked, earn the same and are run once, with the sum of their advantages. The divisor counts the tokens of all
-    completions, so that none of this, nor the cut into micro-batches, changes the gradient.
+    where a policy is peaked, earn the same and are run once, with the sum of their advantages. The divisor counts the
+    tokens of all completions, so that none of this, nor the cut into micro-batches, changes the gradient.
     """
-    parts = [batch.rollouts.owner % config.updates == update for batch in batches]  # (B,) each: whose turn it is
-    tokens = sum(batch.rollouts.mask[part].sum() for batch, part in zip(batches, parts))
-    total = 0.0
-    for (rollouts, advantages, old_logprobs), part in zip(batches, parts):
-        weights = merge_equal(rollouts, advantages) * part  # (B,)
+    tokens, total = sum(rollouts.mask.sum() for rollouts, _ in batches), 0.0
+    for rollouts, advantages in batches:
+        weights = merge_equal(rollouts, advantages)  # (B,)
         for rows in micro_batches(rollouts, weights, config.micro_tokens):
             logprobs = completion_logprobs(model, take(rollouts, rows), config.temperature)  # (B', T')
             weight = weights[rows, None]  # (B', 1): the same on every token
             assert weight.shape[0] == logprobs.shape[0]
-            gain = weight * logprobs
-            if old_logprobs is not None:
-                ratio = (logprobs - old_logprobs[rows, : logprobs.shape[1]]).exp()
-                clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-                gain = torch.minimum(ratio * weight, clipped * weight) * rollouts.mask[rows, : logprobs.shape[1]]
-            loss = -gain.sum() / tokens
+            loss = -(weight * logprobs).sum() / tokens
             loss.backward()
             total += loss.item()
     return total
-
-
-@torch.no_grad()
-def score(policy: Policy, batch: Batch, config: Config) -> Batch:
-    """`batch` with the log-probabilities (B, T) of the policy that sampled it, before the first of several updates.
-
-    As the learner computes them, so that rounding in the sampler doesn't pass for a change of the policy.
-    """
-    old = torch.zeros(batch.rollouts.mask.shape, device=policy.device)
-    with learning(policy) as model:
-        for rows in micro_batches(batch.rollouts, merge_equal(batch.rollouts, batch.advantages), config.micro_tokens):
-            logprobs = completion_logprobs(model, take(batch.rollouts, rows), config.temperature)
-            old[rows, : logprobs.shape[1]] = logprobs
-    return batch._replace(old_logprobs=old)
 
 
 def merge_equal(rollouts: Rollouts, advantages: Tensor) -> Tensor:
@@ -630,11 +554,10 @@ def merge_equal(rollouts: Rollouts, advantages: Tensor) -> Tensor:
 def take(rollouts: Rollouts, rows: Tensor) -> Rollouts:
     """The rollouts of `rows` (B',), without the prompts of others and without columns that hold only padding."""
     prompts, owner = rollouts.owner[rows].unique(return_inverse=True)  # (P',) and (B',)
-    used = rollouts.prompt_mask[prompts].any(0)
+    start = int(rollouts.prompt_mask[prompts].any(0).int().argmax())
     longest = int(rollouts.mask[rows].sum(1).max())
-    prompt_ids, prompt_mask = rollouts.prompt_ids[prompts][:, used], rollouts.prompt_mask[prompts][:, used]
-    ids, mask = rollouts.ids[rows, :longest], rollouts.mask[rows, :longest]
-    return Rollouts(prompt_ids, prompt_mask, owner, ids, mask, rollouts.entropy)
+    prompt_ids, prompt_mask = rollouts.prompt_ids[prompts, start:], rollouts.prompt_mask[prompts, start:]
+    return Rollouts(prompt_ids, prompt_mask, owner, rollouts.ids[rows, :longest], rollouts.mask[rows, :longest], rollouts.entropy)
 
 
 def micro_batches(rollouts: Rollouts, weights: Tensor, micro_tokens: int) -> Iterator[Tensor]:
@@ -642,25 +565,23 @@ def micro_batches(rollouts: Rollouts, weights: Tensor, micro_tokens: int) -> Ite
 
     Whole groups of like length go together; only a group that is too large by itself is cut, down to single rows.
     """
-    lengths, owner, prompt_tokens = rollouts.mask.sum(1), rollouts.owner, rollouts.prompt_ids.shape[1]
-    rows = weights.nonzero().squeeze(1)
-    groups = [rows[owner[rows] == prompt] for prompt in owner[rows].unique()]
-    part: list[Tensor] = []
+    lengths, rows = rollouts.mask.sum(1), weights.nonzero().squeeze(1)
+    groups = [rows[rollouts.owner[rows] == prompt] for prompt in rollouts.owner[rows].unique()]
+    part = rows[:0]
     for group in sorted(groups, key=lambda group: int(lengths[group].max())):
-        row_tokens = prompt_tokens + int(lengths[group].max())
-        if part and (sum(map(len, part)) + len(group)) * row_tokens > micro_tokens:
-            yield torch.cat(part)
-            part = []
-        if len(group) * row_tokens > micro_tokens:
-            yield from group[lengths[group].argsort(stable=True)].split(max(1, micro_tokens // row_tokens))
+        fit = max(1, micro_tokens // (rollouts.prompt_ids.shape[1] + int(lengths[group].max())))  # rows of that length
+        if len(part) and len(part) + len(group) > fit:
+            yield part
+            part = rows[:0]
+        if len(group) > fit:
+            yield from group[lengths[group].argsort(stable=True)].split(fit)
         else:
-            part.append(group)
-    if part:
-        yield torch.cat(part)
+            part = torch.cat([part, group])
+    if len(part):
+        yield part
 
 
 # --- pass@k -----------------------------------------------------------------------------------------------------------
-
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that k of n samples, c of them correct, hold a correct one: 1 − C(n−c,k)/C(n,k) (arXiv 2107.03374).
@@ -683,30 +604,28 @@ def evaluate(policy: Policy, task: Task, config: Config, interrupted: Callable[[
     """
     n, problems = config.eval_samples or (256 if config.task == "countdown" else config.samples), task.held_out
     generator = torch.Generator(policy.device).manual_seed(config.seed + EVALUATION_SEED)
-    correct, distinct = [], []
-    at_once = max(1, config.eval_rows // n)  # problems
+    correct, distinct, at_once = [], [], max(1, config.eval_rows // n)  # problems
     with tqdm(total=len(problems), desc="evaluating", unit="problem", leave=False, dynamic_ncols=True) as bar:
-        for start in range(0, len(problems), at_once):
-            part = problems[start : start + at_once]
-            completions = decode(policy, roll_out(policy, task, part, n, config, generator))
+        for part in (problems[start : start + at_once] for start in range(0, len(problems), at_once)):
+            prompts = encode(policy, [problem.prompt for problem in part], task.instruction)
+            completions = decode(policy, sample(policy, *prompts, n, config, generator))
             right = judge(completions, part, task.rewards) >= SOLVED  # (problems, n)
             correct += right.sum(1).tolist()
             distinct += [len({completions[i * n + j] for j in row.nonzero().flatten().tolist()}) for i, row in enumerate(right)]
             bar.update(len(part))
             if interrupted():
                 raise KeyboardInterrupt
+    ks = sorted({2**i for i in range(n.bit_length())} | {n})
 
-    def mean(counts: Sequence[int]) -> dict[str, float]:
-        ks = sorted({2**i for i in range(n.bit_length())} | {n})
+    def mean(name: str | None = None) -> dict[str, float]:  # over the problems of one task, or over all
+        counts = [c for c, problem in zip(correct, problems) if name in (None, problem.task)]
         return {str(k): 100 * sum(pass_at_k(n, c, k) for c in counts) / len(counts) for k in ks}
 
-    names = sorted({problem.task for problem in problems})
-    tasks = {name: mean([c for c, problem in zip(correct, problems) if problem.task == name]) for name in names}
-    return {"n": n, "correct": correct, "distinct": distinct, "pass_at_k": mean(correct), "tasks": tasks}
+    tasks = {name: mean(name) for name in sorted({problem.task for problem in problems})}
+    return {"n": n, "correct": correct, "distinct": distinct, "pass_at_k": mean(), "tasks": tasks}
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class State:
@@ -720,16 +639,16 @@ class State:
     results: dict[str, Any] = field(default_factory=lambda: {"steps": {}})  # what eval.json holds
 
 
-def train(config: Config, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, resume: bool = False, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Train a policy and measure its pass@k before and after. Everything is written to `config.run_folder`.
 
     Returns what `eval.json` holds: `base`, `trained` and those on the way by step, each as described at `evaluate`. With
     `resume`, goes on from the folder's checkpoint, or from the start if the run was killed before its first.
-    Raises BadInput; FloatingPointError when updates keep failing; KeyboardInterrupt, after saving, on Ctrl-C.
+    Raises BadInput; FloatingPointError when updates keep failing; KeyboardInterrupt, after saving, once `interrupted()`.
     """
     folder = open_run_folder(config, resume)
     task, policy = load_task(config), load_policy(config)
-    write_json(folder / SETTINGS, asdict(config))
+    write_atomically(folder / SETTINGS, asdict(config))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     generator = torch.Generator(policy.device).manual_seed(config.seed)  # the only source of randomness in training
     state = State(solved=torch.zeros(len(task.train), dtype=torch.bool))
@@ -737,57 +656,60 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
         load_checkpoint(folder, policy, optimizer, generator, state)
     results, failed_in_a_row = state.results, 0
 
-    with deferred_interrupt() as interrupted, open(folder / METRICS, "a") as metrics_file:
-        if "base" not in results:
-            results["base"] = evaluate(policy, task, config, interrupted)
-            write_json(folder / RESULTS, results)
+    def measure(results: dict[str, Any], name: str) -> None:
+        if name not in results:  # otherwise it was measured before the run was stopped
+            results[name] = evaluate(policy, task, config, interrupted)
+            write_atomically(folder / RESULTS, state.results)
             save_checkpoint(folder, policy, optimizer, generator, state)
+
+    with open(folder / METRICS, "a") as metrics_file:
+        measure(results, "base")
         if config.steps > state.step:
+            results.pop("trained", None)  # of a run that is now extended
             ids, _ = encode(policy, [task.train[0].prompt], task.instruction)
             tqdm.write(f"a prompt as the model sees it: {policy.tokenizer.decode(ids[0])!r}")
         steps = range(state.step + 1, config.steps + 1)
         bar = tqdm(steps, "training", config.steps, initial=state.step, unit="step", dynamic_ncols=True)
         for step in bar:
-            last = step - 1
-            if config.eval_every and last and last % config.eval_every == 0 and str(last) not in results["steps"]:
-                results["steps"][str(last)] = evaluate(policy, task, config, interrupted)
-                write_json(folder / RESULTS, results)
-                save_checkpoint(folder, policy, optimizer, generator, state)
+            if config.eval_every and step > 1 and (step - 1) % config.eval_every == 0:
+                measure(results["steps"], str(step - 1))
             started, failures = time.perf_counter(), task.failures()
-            batches: list[Batch] = []
+            batches: list[tuple[Rollouts, Tensor]] = []
             signal = 0  # groups whose advantages are not all zero
             while not batches or (signal < config.prompts and len(batches) <= config.dynamic_sampling):
                 # 1. Take P problems of the training set, each once an epoch.
                 indices = next_indices(state, config.prompts, config.seed)
                 problems = [task.train[i] for i in indices]
                 # 2. Sample N completions of each from the policy.
-                rollouts = roll_out(policy, task, problems, config.samples, config, generator)
+                prompts = encode(policy, [problem.prompt for problem in problems], task.instruction)
+                rollouts = sample(policy, *prompts, config.samples, config, generator)
                 completions = decode(policy, rollouts)
                 # 3. Judge every completion by the rule.
                 rewards = judge(completions, problems, task.rewards)  # (P, N)
                 state.solved[torch.tensor(indices)[rewards.amax(1) >= SOLVED]] = True
                 # 4. Turn rewards into advantages, group by group. (Too few have a signal? --dynamic-sampling draws again.)
                 advantages = ADVANTAGES[config.advantage](rewards, config)  # (P, N)
-                batches.append(Batch(rollouts, advantages))
+                batches.append((rollouts, advantages))
                 signal += int((advantages != 0).any(1).sum())
             sampling_seconds = time.perf_counter() - started
-            # 5. Take one step up the policy gradient, or with --updates a few on a part of the batch each.
-            grad_norms = []
+            # 5. Take one step up the policy gradient. (With --updates a few, each on a part of the batch.)
+            gradients, grad_norms = [functools.partial(policy_gradient, batches=batches, config=config)], []
             if config.updates > 1:
-                batches = [score(policy, batch, config) for batch in batches]
-            for update in range(config.updates):
+                from experiments.ppo import clipped_gradients
+
+                gradients = clipped_gradients(policy, batches, config)
+            for gradient in gradients:
                 with learning(policy) as model:
-                    loss = policy_gradient(model, batches, config, update)
+                    loss = gradient(model)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item())
-                if math.isfinite(loss) and math.isfinite(grad_norms[-1]):
-                    failed_in_a_row = 0
+                finite = math.isfinite(loss) and math.isfinite(grad_norms[-1])
+                state.failed, failed_in_a_row = state.failed + (not finite), 0 if finite else failed_in_a_row + 1
+                if failed_in_a_row == MAX_FAILURES:
+                    reason = f"loss or gradient was not finite {MAX_FAILURES} times in a row, up to step {step}"
+                    raise FloatingPointError(f"{reason}; start again with a lower --lr")
+                if finite:
                     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / WARMUP_STEPS)
                     optimizer.step()
-                else:
-                    state.failed, failed_in_a_row = state.failed + 1, failed_in_a_row + 1
-                    if failed_in_a_row == MAX_FAILURES:
-                        reason = f"loss or gradient was not finite {MAX_FAILURES} times in a row, up to step {step}"
-                        raise FloatingPointError(f"{reason}; start again with a lower --lr")
                 optimizer.zero_grad()
             refresh_sampler(policy)
 
@@ -806,7 +728,7 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
                 "failed_verifications": task.failures() - failures,
                 "seconds": seconds,
                 "sampling_seconds": sampling_seconds,
-                "tokens_per_second": sum(batch.rollouts.mask.sum().item() for batch in batches) / seconds,
+                "tokens_per_second": sum(rollouts.mask.sum().item() for rollouts, _ in batches) / seconds,
             }
             print(json.dumps(metrics), file=metrics_file, flush=True)
             state.step, state.metrics_bytes = step, metrics_file.tell()
@@ -819,11 +741,12 @@ def train(config: Config, resume: bool = False) -> dict[str, Any]:
             if interrupted():
                 raise KeyboardInterrupt
 
-        results["trained"] = evaluate(policy, task, config, interrupted) if config.steps else results["base"]
-        write_json(folder / RESULTS, results)
-    if config.steps:
-        policy.model.save_pretrained(folder / "model")
-        policy.tokenizer.save_pretrained(folder / "model")
+        if config.steps:
+            measure(results, "trained")
+            policy.model.save_pretrained(folder / "model")
+            policy.tokenizer.save_pretrained(folder / "model")
+    results.setdefault("trained", results["base"])
+    write_atomically(folder / RESULTS, results)
     draw_pass_at_k(results, folder / "passk.png")
     return results
 
@@ -856,7 +779,6 @@ def showcase(step: int, problems: Sequence[Problem], completions: Sequence[str],
 
 # --- Tasks and models -------------------------------------------------------------------------------------------------
 
-
 def load_task(config: Config) -> Task:
     """The task that `config` names, its problems the same for every seed. Raises BadInput if it can't be had."""
     if config.task != "countdown" or config.eval_task not in ("", "countdown"):
@@ -877,7 +799,11 @@ def math_reward(completion: str, answer: str) -> float:
 
 def load_policy(config: Config) -> Policy:
     """Load a model of the hub or of a folder, in float32 and evaluation mode. Raises BadInput if it can't be used."""
-    device = pick_device(config.device)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(0, device=best if config.device == "auto" else config.device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(f"--device {config.device} can't be used here ({first_line(error)}); auto picks one that can") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer  # here, so that importing this file stays cheap
     from transformers.utils import logging
 
@@ -905,7 +831,7 @@ def load_policy(config: Config) -> Policy:
     for parameter in sampler.parameters() if low else ():
         parameter.data = parameter.data.to(torch.bfloat16)  # not .to() of the model: rotary frequencies stay float32
     if config.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     return Policy(model, sampler, tokenizer, torch.tensor(sorted(stops), dtype=torch.long, device=device), device)
 
 
@@ -931,32 +857,20 @@ def learning(policy: Policy) -> Iterator[Any]:
         layer.training = False
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device called `name`; for auto CUDA if there is one, else MPS, else the CPU. Raises BadInput."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadInput(f"--device {name} can't be used here ({first_line(error)}); auto picks one that can") from error
-
-
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- The run folder: what a resumed run reads is never half written ---------------------------------------------------
 
-
 def open_run_folder(config: Config, resume: bool) -> Path:
     """The run's folder: a new or empty one, or with `resume` one that holds the same settings. Raises BadInput."""
     folder = config.run_folder
     if resume:
-        stored = stored_settings(folder)
-        for name, value in asdict(config).items():
-            if name != "out" and value != stored[name] and not (name == "steps" and value > stored[name]):
-                flag = "--" + name.replace("_", "-")
-                raise BadInput(f"{flag} is {value}, but {folder} was started with {stored[name]}; leave it out")
+        for name, stored in stored_settings(folder).items():
+            value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+            if name != "out" and value != stored and not (name == "steps" and value > stored):
+                raise BadInput(f"{flag} is {value}, but {folder} was started with {stored}; leave it out")
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -981,21 +895,17 @@ def stored_settings(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder / SETTINGS} can't be read ({error}); mend it, or start again in another folder") from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path` and move it into place: a kill leaves the old file or the new one, whole."""
+def write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, or what torch.load reads, beside `path` and move it into place: a kill leaves the old or the new, whole."""
     aside = path.with_suffix(".tmp")
-    write(aside)
+    torch.save(content, aside) if path.suffix == ".pt" else aside.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(aside, path)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomically(path, lambda aside: aside.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, state: State) -> None:
     """Everything that later steps depend on, in one file."""
     parts = {"model": policy.model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-    write_atomically(folder / CHECKPOINT, lambda aside: torch.save({**parts, "state": vars(state)}, aside))
+    write_atomically(folder / CHECKPOINT, {**parts, "state": vars(state)})
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: Any, generator: torch.Generator, state: State) -> None:
@@ -1016,39 +926,18 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: Any, generator: tor
         metrics.truncate(min(metrics.tell(), state.metrics_bytes))
 
 
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, Ctrl-C only makes the yielded function return True, so that a step is never cut in two; a second one breaks off."""
-    asked: list[int] = []
-    previous = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, previous)
-
-    with contextlib.suppress(ValueError):  # signals reach the main thread only; in another one there is nothing to defer
-        signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, previous)
-
-
 # --- What a person looks at -------------------------------------------------------------------------------------------
-
 
 def table(results: dict[str, Any]) -> str:
     """pass@k of base and trained side by side, in percent, and the distinct correct answers per problem."""
     base, names = results["base"], ["base"] if results["trained"] is results["base"] else ["base", "trained"]
-    rows = [[f"pass@{k}"] + [f"{results[name]['pass_at_k'][k]:.1f}" for name in names] for k in base["pass_at_k"]]
-    distinct = [f"{sum(results[name]['distinct']) / len(base['distinct']):.2f}" for name in names]
+    columns = [results[name] for name in names]
+    rows = [["", *names], *([f"pass@{k}", *(f"{of['pass_at_k'][k]:.1f}" for of in columns)] for k in base["pass_at_k"])]
     for task in base["tasks"] if len(base["tasks"]) > 1 else ():
-        rows.append([task] + [""] * len(names))
-        rows += [[f"pass@{k}"] + [f"{results[name]['tasks'][task][k]:.1f}" for name in names] for k in base["pass_at_k"]]
+        rows += [[task], *([f"pass@{k}", *(f"{of['tasks'][task][k]:.1f}" for of in columns)] for k in base["pass_at_k"])]
+    rows.append(["distinct", *(f"{sum(of['distinct']) / len(of['distinct']):.2f}" for of in columns)])
     lines = [f"{len(base['correct'])} held-out problems, {base['n']} samples each, percent"]
-    lines += ["".join(f"{cell:>10}" for cell in row) for row in (["", *names], *rows, ["distinct", *distinct])]
-    return "\n".join(lines) + "   correct answers a problem"
+    return "\n".join(lines + ["".join(f"{cell:>10}" for cell in row) for row in rows]) + "   correct answers a problem"
 
 
 def draw_pass_at_k(results: dict[str, Any], path: Path) -> None:
@@ -1056,8 +945,7 @@ def draw_pass_at_k(results: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure  # no pyplot: no display is needed
     except ImportError:
-        print(f"{path.name} was not drawn: pip install matplotlib")
-        return
+        return print(f"{path.name} was not drawn: pip install matplotlib")
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, color in (("base", "0.55"), ("trained", "C3")):
@@ -1087,16 +975,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings stored there")
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume", False)
+    asked, handler = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:  # Ctrl-C: finish the step and save; a second one breaks off
+        asked.set()
+        signal.signal(signal.SIGINT, handler)
+
     try:
         config = Config(**given)
         if resume:
             folder = config.run_folder
             config = Config(**{**stored_settings(folder), **given, "out": str(folder)})
-        results = train(config, resume)
+        signal.signal(signal.SIGINT, ask)
+        results = train(config, resume, asked.is_set)
     except (BadInput, FloatingPointError) as error:
         parser.exit(2 if isinstance(error, BadInput) else 1, f"rs_grpo.py: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\nstopped; go on with: python rs_grpo.py --resume --out {config.run_folder}\n")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     print(table(results))
     trained = f"; the trained model in {config.run_folder / 'model'}/" if config.steps else ""
     print(f"everything is in {config.run_folder}/{trained}")

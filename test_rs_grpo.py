@@ -31,26 +31,25 @@ from torch.utils._pytree import tree_leaves
 
 import bandit
 import rs_grpo
-from experiments import compare, math_tasks, more_tasks, report, static_decoding
+from experiments import compare, math_tasks, more_tasks, ppo, report, static_decoding
 from experiments.math_tasks import equivalent, last_box, math_rewards, plain_number
-from experiments.pretrain import random_expression
+from experiments.more_tasks import is_held_out
+from experiments.pretrain import PROBLEMS, example, problems, prompt_of, random_expression
+from experiments.ppo import clipped_gradients
 from experiments.static_decoding import sample_static
 from rs_grpo import (
     ADVANTAGES,
     BadInput,
-    Batch,
     Config,
     Rollouts,
     State,
     chen_advantage,
     completion_logprobs,
-    countdown_problem,
     countdown_problems,
     countdown_reward,
     decode,
     encode,
     grpo_advantage,
-    is_held_out,
     load_policy,
     mahdavi_advantage,
     main,
@@ -61,7 +60,6 @@ from rs_grpo import (
     pass_at_k,
     pkpo_advantage,
     policy_gradient,
-    random_value,
     risk_sensitive_advantage,
     sample,
     train,
@@ -367,31 +365,28 @@ def test_a_random_expression_earns_its_reward():
             assert countdown_reward(text, numbers, value) == 1.0, text
 
 
-def test_problems_and_the_pretraining_corpus_draw_their_trees_alike():
-    ours, theirs = random.Random(4), random.Random(4)
-    for _ in range(2000):
-        numbers = [ours.randint(1, 13) for _ in range(4)]
-        assert [theirs.randint(1, 13) for _ in range(4)] == numbers
-        assert random_value(numbers, ours) == random_expression(numbers, theirs)[1]
-    assert ours.random() == theirs.random()
+@pytest.mark.parametrize("name, count, held_out", PROBLEMS)
+def test_the_problem_files_hold_what_pretraining_writes_and_each_prompt_is_its_problem(name, count, held_out):
+    prompts = (ROOT / "countdown-base" / name).read_text().splitlines()
+    assert len(prompts) == count and prompts[:1000] == problems(1000, held_out)
+    for prompt, (text, (numbers, target), _) in zip(prompts, countdown_problems(count, held_out)):
+        assert prompt == text == prompt_of(numbers, target)
+        assert len(numbers) == 4 and 1 <= min(numbers) <= max(numbers) <= 13 and 1 <= target <= 99
 
 
 def test_held_out_problems_are_in_no_training_set_and_not_in_the_pretraining_corpus():
-    sys.path.insert(0, str(ROOT / "experiments"))
-    from pretrain import example
-
-    training = {problem.prompt for problem in countdown_problems(10_000, held_out=False)}
-    held_out = {problem.prompt for problem in countdown_problems(1_000, held_out=True)}
+    training = {problem.prompt for problem in countdown_problems(20_000, held_out=False)}
+    held_out = {problem.prompt for problem in countdown_problems(2_000, held_out=True)}
     rng = random.Random(0)
     corpus = {example(rng)[0] for _ in range(10_000)}
-    assert len(training) == 10_000 and len(held_out) == 1_000
+    assert len(training) == 20_000 and len(held_out) == 2_000  # each once
     assert not held_out & training and not held_out & corpus
     assert all(is_held_out(prompt) for prompt in held_out) and not any(map(is_held_out, training | corpus))
-    shuffled = [countdown_problem(numbers, 48).prompt for numbers in itertools.permutations((4, 7, 9, 12))]
+    shuffled = [prompt_of(numbers, 48) for numbers in itertools.permutations((4, 7, 9, 12))]
     assert set(shuffled) == {"4,7,9,12=48:"}  # the order of the numbers can't carry a problem across
 
 
-def test_asking_for_more_problems_than_there_are_is_an_error_and_not_a_hang():
+def test_asking_for_more_problems_than_there_are_is_an_error():
     with pytest.raises(BadInput, match="ask for fewer"):
         countdown_problems(10**6, held_out=True)
 
@@ -451,7 +446,7 @@ PROMPTS = ["1,2,3,4=5:", "10,11,12,13=48:", "1,10,11,12=9:"]  # three lengths
 def draw(policy, samples=8, max_tokens=12, temperature=1.0, seed=0, prompts=PROMPTS):
     ids, mask = encode(policy, prompts)
     generator = torch.Generator().manual_seed(seed)
-    return sample(policy.model, ids, mask, samples, max_tokens, temperature, policy.stop_ids, generator)
+    return sample(policy, ids, mask, samples, Config(max_tokens=max_tokens, temperature=temperature), generator)
 
 
 def unpadded(rollouts: Rollouts):
@@ -581,7 +576,7 @@ def mixed_rewards(rollouts: Rollouts) -> torch.Tensor:
 def test_the_gradient_equals_that_of_a_plain_unshared_unskipped_loss_however_the_batch_is_cut(policy, micro_tokens):
     rollouts = draw(policy)
     advantages = risk_sensitive_advantage(mixed_rewards(rollouts), 2.0)
-    loss = policy_gradient(policy.model, [Batch(rollouts, advantages)], Config(micro_tokens=micro_tokens))
+    loss = policy_gradient(policy.model, [(rollouts, advantages)], Config(micro_tokens=micro_tokens))
     ours = gradient(policy.model)
 
     rows = list(unpadded(rollouts))
@@ -603,7 +598,7 @@ def test_the_gradient_is_the_same_bit_for_bit_on_several_threads():
     torch.set_num_threads(2)
     gradients = []
     for _ in range(8):
-        policy_gradient(policy.model, [Batch(rollouts, advantages)], Config(micro_tokens=10**9))
+        policy_gradient(policy.model, [(rollouts, advantages)], Config(micro_tokens=10**9))
         gradients.append(gradient(policy.model))
     torch.set_num_threads(1)
     assert all(torch.equal(gradients[0], other) for other in gradients)
@@ -617,22 +612,20 @@ def test_groups_without_a_signal_are_never_computed(policy, monkeypatch):
         rs_grpo, "completion_logprobs", lambda m, part, t: computed.append(part.prompt_ids.shape[0]) or original(m, part, t)
     )
     advantages = risk_sensitive_advantage(mixed_rewards(rollouts), 2.0)
-    policy_gradient(policy.model, [Batch(rollouts, advantages)], Config())
+    policy_gradient(policy.model, [(rollouts, advantages)], Config())
     assert computed == [2]
-    policy_gradient(policy.model, [Batch(rollouts, torch.zeros_like(advantages))], Config())
+    policy_gradient(policy.model, [(rollouts, torch.zeros_like(advantages))], Config())
     assert computed == [2]
 
 
 def test_each_prompt_is_computed_once_for_its_group(policy, monkeypatch):
     tokens = []
-    policy.model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: tokens.append((args or (kwargs["input_ids"],))[0].shape), with_kwargs=True
-    )
+    policy.model.base_model.register_forward_pre_hook(lambda module, args: tokens.append(args[0].shape))
     rollouts = draw(policy, samples=8)
     longest = rollouts.ids.shape[1]
     assert tokens[0] == (3, 15) and all(shape[1] == 1 for shape in tokens[1:])
     tokens.clear()
-    policy_gradient(policy.model, [Batch(rollouts, torch.ones(3, 8))], Config())
+    policy_gradient(policy.model, [(rollouts, torch.ones(3, 8))], Config())
     assert tokens == [(3, 15), (24, longest - 1)]
 
 
@@ -642,7 +635,7 @@ def test_one_step_makes_the_rewarded_completion_likelier_and_the_others_less(pol
     rewards[0, 2] = 1
     advantages = risk_sensitive_advantage(rewards, 2.0)
     before = completion_logprobs(policy.model, rollouts, 1.0).sum(1).detach()
-    policy_gradient(policy.model, [Batch(rollouts, advantages)], Config())
+    policy_gradient(policy.model, [(rollouts, advantages)], Config())
     torch.optim.SGD(policy.model.parameters(), lr=0.1).step()
     change = completion_logprobs(policy.model, rollouts, 1.0).sum(1).detach() - before
     assert change[2] > 0 and change[2] == change.max() and (advantages[0] * change).sum() > 0
@@ -777,9 +770,9 @@ def test_resuming_with_more_steps_equals_a_longer_run(uninterrupted, tiny, tmp_p
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, tiny, tmp_path, monkeypatch, capsys):
     original = rs_grpo.policy_gradient
 
-    def pressing(*args):
+    def pressing(*args, **named):
         pressed.append(os.kill(os.getpid(), signal.SIGINT))
-        return original(*args)
+        return original(*args, **named)
 
     pressed: list = []
     handler = signal.getsignal(signal.SIGINT)
@@ -798,9 +791,9 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, tin
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tiny, tmp_path, monkeypatch):
     original, bad_steps, step = rs_grpo.policy_gradient, {2, 3, 5}, []
 
-    def failing(model, *args):
+    def failing(model, **named):
         step.append(1)
-        loss = original(model, *args)
+        loss = original(model, **named)
         if len(step) in bad_steps:
             next(model.parameters()).grad[0] = math.inf
         return loss
@@ -1640,7 +1633,8 @@ def test_verls_group_ids_may_be_objects_numbers_or_a_tensor(verl_registry):
 def draw_static(policy, samples=8, max_tokens=12, temperature=1.0, seed=0, prompts=PROMPTS, **options):
     ids, mask = encode(policy, prompts)
     generator = torch.Generator().manual_seed(seed)
-    return sample_static(policy.model, ids, mask, samples, max_tokens, temperature, policy.stop_ids, generator, **options)
+    config = Config(max_tokens=max_tokens, temperature=temperature)
+    return sample_static(policy, ids, mask, samples, config, generator, **options)
 
 
 def assert_same(rollouts: Rollouts, others: Rollouts):
@@ -1759,7 +1753,7 @@ def architectures(tokenizer):
 @pytest.mark.parametrize("temperature", [1e-6, 1.0])
 def test_a_step_recorded_once_and_replayed_draws_the_same_tokens(policy, graphs_on_cpu, temperature):
     for model in architectures(policy.tokenizer):
-        each = policy._replace(model=model.eval())
+        each = policy._replace(sampler=model.eval())
         plain = draw_static(each, max_tokens=40, temperature=temperature, graph=False)
         assert_same(draw_static(each, max_tokens=40, temperature=temperature, graph=True), plain)
         assert graphs_on_cpu and graphs_on_cpu[-1].calls
@@ -1775,7 +1769,7 @@ def test_static_decoding_refuses_a_model_with_a_sliding_window(policy):
         num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
     with pytest.raises(BadInput, match="full attention"):
-        draw_static(policy._replace(model=MistralForCausalLM(config).eval()))
+        draw_static(policy._replace(sampler=MistralForCausalLM(config).eval()))
 
 
 def test_a_run_trains_with_static_decoding_in_the_place_of_sample(tiny, tmp_path, monkeypatch):
@@ -1821,7 +1815,7 @@ def test_a_checkpointed_model_learns_the_same_and_still_samples_through_the_cach
     """transformers drops the cache of a checkpointed layer with only a warning, and then samples nonsense."""
     plain, policy = (load_policy(Config(model=architecture, device="cpu", checkpointing=on)) for on in (False, True))
     shapes, layers = [], []
-    policy.model.base_model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape) if args else None)
+    policy.model.base_model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
     policy.model.base_model.layers[0].self_attn.register_forward_hook(lambda *_: layers.append(1))
     rollouts = draw(plain, temperature=0.7)
     advantages = risk_sensitive_advantage(mixed_rewards(rollouts), 2.0)
@@ -1832,13 +1826,13 @@ def test_a_checkpointed_model_learns_the_same_and_still_samples_through_the_cach
 
     for each in (plain, policy):
         with rs_grpo.learning(each) as model:
-            policy_gradient(model, [Batch(rollouts, advantages)], Config(temperature=0.7))
+            policy_gradient(model, [(rollouts, advantages)], Config(temperature=0.7))
     assert len(layers) == 3  # forward, and again in the backward pass
     ours, reference = gradient(policy.model), gradient(plain.model)
     assert (ours - reference).norm() < 1e-5 * reference.norm()
     shapes.clear()
     again = draw(policy, temperature=0.7)
-    assert torch.equal(again.ids, rollouts.ids) and {shape[1] for shape in shapes} == {1}
+    assert torch.equal(again.ids, rollouts.ids) and {shape[1] for shape in shapes[1:]} == {1}
     assert not any(layer.training for layer in policy.model.modules())
 
 
@@ -1850,7 +1844,7 @@ def test_equal_completions_of_a_prompt_are_computed_once_with_the_gradient_of_al
     rollouts = draw(policy, samples=40, max_tokens=2, temperature=0.3, prompts=[*PROMPTS, PROMPTS[0]])
     rows = list(unpadded(rollouts))
     advantages = torch.randn(4, 40, generator=torch.Generator().manual_seed(2))
-    loss = policy_gradient(policy.model, [Batch(rollouts, advantages)], Config(temperature=0.3, micro_tokens=200))
+    loss = policy_gradient(policy.model, [(rollouts, advantages)], Config(temperature=0.3, micro_tokens=200))
     ours = gradient(policy.model)
     different = {(owner, *completion) for owner, (_, completion) in zip(rollouts.owner.tolist(), rows)}
     assert sum(computed) == len(different) < 100 and len(computed) > 1  # equal prompts are groups of their own
@@ -1891,7 +1885,7 @@ prompt = torch.randint(V, (P, 8))
 rollouts = rs_grpo.Rollouts(prompt, torch.ones_like(prompt), torch.arange(P).repeat_interleave(N), ids, mask, 0.0)
 peak = lambda: 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss has the parent's too
 before = peak()
-rs_grpo.policy_gradient(model, [rs_grpo.Batch(rollouts, torch.randn(P, N))], rs_grpo.Config())
+rs_grpo.policy_gradient(model, [(rollouts, torch.randn(P, N))], rs_grpo.Config())
 optimizer.step()
 print(peak() - before)
 """
@@ -1919,8 +1913,8 @@ def test_the_second_update_has_the_gradient_of_a_hand_written_ppo_loss(policy):
     advantages[2] = 0  # a group without a signal
     old, rows = copy.deepcopy(policy.model), list(unpadded(rollouts))
 
-    batch = rs_grpo.score(policy, Batch(rollouts, advantages), config)
-    policy_gradient(policy.model, [batch], config, update=0)
+    first, second = clipped_gradients(policy, [(rollouts, advantages)], config)
+    first(policy.model)
     for mine, step in (([0, 2, 4], 1.0), ([1, 3], None)):
         terms, ratios, tokens = [], [], 0
         for i in mine:
@@ -1941,27 +1935,23 @@ def test_the_second_update_has_the_gradient_of_a_hand_written_ppo_loss(policy):
             with torch.no_grad():
                 for p in policy.model.parameters():
                     p.add_(0.05 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-            policy_gradient(policy.model, [batch], config, update=1)
+            second(policy.model)
         else:  # ratios below, above and between the bounds (and within 1 ± 0.1), for advantages of both signs
             places = {(sum(r > bound for bound in (0.9, 1.1, 1.3)), a > 0) for r, a in ratios if a}
             assert len(places) == 8
 
 
 def test_one_update_a_step_is_on_policy_and_computes_no_ratio(tiny, tmp_path, monkeypatch):
-    scored, learned, original = [], [], rs_grpo.policy_gradient
-    logprobs = rs_grpo.completion_logprobs
-
-    def learning(model, batches, config, update):
-        learned.append([batch.old_logprobs is None for batch in batches])
-        return original(model, batches, config, update)
-
-    monkeypatch.setattr(rs_grpo, "completion_logprobs", lambda *a: scored.append(torch.is_grad_enabled()) or logprobs(*a))
-    monkeypatch.setattr(rs_grpo, "policy_gradient", learning)
+    scored, learned, logprobs = [], [], rs_grpo.completion_logprobs
+    for module, name in ((rs_grpo, "policy_gradient"), (ppo, "clipped_gradient")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, original=original, name=name, **k: learned.append(name) or original(*a, **k))
+        monkeypatch.setattr(module, "completion_logprobs", lambda *a: scored.append(torch.is_grad_enabled()) or logprobs(*a))
     train(small(tiny, tmp_path / "one", steps=2))
-    assert learned == [[True]] * 2 and all(scored)
+    assert learned == ["policy_gradient"] * 2 and all(scored)
     learned.clear()
     train(small(tiny, tmp_path / "two", steps=2, updates=2))
-    assert learned == [[False]] * 4 and not all(scored)
+    assert learned == ["clipped_gradient"] * 4 and not all(scored)
 
 
 @pytest.mark.parametrize("changes", [{"updates": 3}, {"precision": "bfloat16"}, {"checkpointing": True}], ids=str)
@@ -1978,7 +1968,7 @@ def test_dynamic_sampling_draws_until_enough_groups_have_a_signal_and_not_for_ev
 ):
     seen, original = [], rs_grpo.policy_gradient
     monkeypatch.setitem(ADVANTAGES, "graded", lambda r, c: graded(r, c) * (torch.arange(len(r)) < with_signal)[:, None])
-    monkeypatch.setattr(rs_grpo, "policy_gradient", lambda m, b, c, u: seen.append(len(b)) or original(m, b, c, u))
+    monkeypatch.setattr(rs_grpo, "policy_gradient", lambda m, batches, config: seen.append(len(batches)) or original(m, batches, config))
     train(small(tiny, tmp_path / "run", steps=2, dynamic_sampling=bound))
     assert seen == [draws] * 2
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -1993,7 +1983,7 @@ def test_updates_too_small_for_bfloat16_are_kept_by_the_master_weights_and_the_s
     tiny, tmp_path, monkeypatch
 ):
     """The trap of small trainers: a weight of 0.1 kept in bfloat16 moves by 0.0005 or not at all."""
-    policies, products, original = [], [], rs_grpo.roll_out
+    policies, products, original = [], [], rs_grpo.sample
 
     def watching(policy, *args):
         for sampling, learning in zip(policy.sampler.parameters(), policy.model.parameters()):
@@ -2005,7 +1995,7 @@ def test_updates_too_small_for_bfloat16_are_kept_by_the_master_weights_and_the_s
         policies.append(policy)
         return original(policy, *args)
 
-    monkeypatch.setattr(rs_grpo, "roll_out", watching)
+    monkeypatch.setattr(rs_grpo, "sample", watching)
     train(small(tiny, tmp_path / "run", lr=1e-6, precision="bfloat16", steps=3))
     assert set(products) == {torch.bfloat16}
     base, kept, lost = load_policy(Config(model=tiny, device="cpu")).model.state_dict(), 0, 0

@@ -221,7 +221,9 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
         return "{\n" + ",\n".join(f"{inner}{json.dumps(k)}: {lines(v, inner)}" for k, v in value.items()) + f"\n{indent}}}"
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    rs_grpo.write_atomically(path, lambda aside: aside.write_text(lines(results) + "\n"))
+    aside = path.with_suffix(".tmp")
+    aside.write_text(lines(results) + "\n")
+    os.replace(aside, path)  # whole at any moment
 
 
 def machine() -> str:

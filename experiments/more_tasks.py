@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import math_tasks
-from rs_grpo import BadInput, Config, Problem, Task, countdown_problems, countdown_reward, is_held_out
+from rs_grpo import BadInput, Config, Problem, Task, countdown_problems, countdown_reward
 
 COUNTDOWN_TEXT = (
     "Using the numbers {numbers}, write an expression that equals {target}. "
@@ -46,6 +47,11 @@ def load_task(config: Config) -> Task:
     if not train or not held_out:
         raise BadInput(f"--task {config.task} is too small to train and to evaluate on; give a larger set, or an --eval-task")
     return Task(train, held_out, math_tasks.math_rewards, config.instruction or IN_A_BOX, lambda: len(math_tasks.killed))
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a problem belongs to the held-out tenth: decided by a hash of what it asks, so never by luck."""
+    return zlib.crc32(text.encode()) % 10 == 0
 
 
 def countdown_in_words(problem: Problem) -> Problem:

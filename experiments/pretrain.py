@@ -7,12 +7,14 @@ from are additive chains (`9+12-4-7`), one in ten is a random tree over + - * / 
 and evaluation draw their problems from the trees alone. So the policy nearly always tries a chain, which cannot solve
 half of them: the exploration dilemma that the risk-sensitive objective is made for.
 
-No problem of the held-out tenth (`rs_grpo.is_held_out`) is ever seen here.
+No problem of the held-out tenth (`is_held_out`) is ever seen here. The problems to train and to be judged on, prompts of
+random trees on either side of that line, are written beside the model: train.txt and held-out.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import operator
 import random
 import string
 import sys
@@ -27,15 +29,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from rs_grpo import OPERATORS, countdown_problem, is_held_out  # noqa: E402
+from experiments.more_tasks import is_held_out  # noqa: E402
 
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}  # on integers and fractions: exact
 CHAIN_SHARE = 0.9
 BATCH = 256
 LEARNING_RATE = 3e-3
+PROBLEMS = (("train.txt", 20_000, False), ("held-out.txt", 2_000, True))  # file, how many, from which side
 
 
 def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, int | Fraction | None]:
-    """The tree of `rs_grpo.random_value`, drawn alike, with the fewest brackets that it needs: its text and its value."""
+    """A random binary tree over `numbers` and + - * /, with the fewest brackets that it needs: its text and its exact value.
+
+    The value is None where it divides by zero.
+    """
     trees = [(str(n), n, 3) for n in numbers]  # (text, value, how tightly its outermost operator binds)
     while len(trees) > 1:
         left, left_value, left_binds = trees.pop(rng.randrange(len(trees)))
@@ -51,6 +58,25 @@ def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, 
             right = f"({right})"
         trees.append((left + symbol + right, value, binds))
     return trees[0][0], trees[0][1]
+
+
+def prompt_of(numbers: Iterable[int], value: int | Fraction | None) -> str:
+    """The prompt of reaching `value` with `numbers`, such as `4,7,9,12=48:`, or "" unless it is a whole number from 1 to 99."""
+    if value is None or value != int(value) or not 1 <= value <= 99:
+        return ""
+    return f"{','.join(map(str, sorted(numbers)))}={int(value)}:"
+
+
+def problems(count: int, held_out: bool) -> list[str]:
+    """The prompts of `count` different problems of the training side or of the held-out one."""
+    rng = random.Random(f"countdown, held out: {held_out}")
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        numbers = [rng.randint(1, 13) for _ in range(4)]
+        prompt = prompt_of(numbers, random_expression(numbers, rng)[1])
+        if prompt and is_held_out(prompt) == held_out:
+            prompts[prompt] = None
+    return list(prompts)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -98,10 +124,9 @@ def example(rng: random.Random) -> tuple[str, str]:
             text = "".join(("+" if sign > 0 else "-") + str(n) for sign, n in zip(signs, numbers))[1:]
         else:
             text, value = random_expression(numbers, rng)
-        if value is not None and value == int(value) and 1 <= value <= 99:
-            prompt = countdown_problem(numbers, int(value)).prompt
-            if not is_held_out(prompt):
-                return prompt, text
+        prompt = prompt_of(numbers, value)
+        if prompt and not is_held_out(prompt):
+            return prompt, text
 
 
 def batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,6 +168,8 @@ def main() -> None:
 
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    for name, count, held_out in PROBLEMS:
+        (args.out / name).write_text("".join(f"{prompt}\n" for prompt in problems(count, held_out)))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
 
 

@@ -34,24 +34,23 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.more_tasks import countdown_in_words  # noqa: E402
-from rs_grpo import BadInput, Config, Rollouts, countdown_problems, encode, load_policy, prefill, sample  # noqa: E402
+from rs_grpo import BadInput, Config, Policy, Rollouts, cache_argument, countdown_problems, encode, load_policy, prefill, sample  # noqa: E402
 
 CHECK_EVERY = 16  # tokens between two looks at whether a row is left; at each the host waits for the GPU
 
 
 @torch.no_grad()
 def sample_static(
-    model: Any,
+    policy: Policy,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     samples: int,
-    max_tokens: int,
-    temperature: float,
-    stop_ids: Tensor,
+    config: Config,
     generator: torch.Generator,
     graph: bool | None = None,
 ) -> Rollouts:
     """`rs_grpo.sample` with fixed shapes; `graph` says whether to capture the step, by default where the device is CUDA."""
+    model, max_tokens = policy.sampler, config.max_tokens
     (P, L), device = prompt_ids.shape, prompt_ids.device
     head = model.get_output_embeddings()
     hidden, prefilled = prefill(model, prompt_ids, prompt_mask)
@@ -68,7 +67,8 @@ def sample_static(
     mask[:, 0, 0, :L].masked_fill_(prompt_mask.bool().repeat_interleave(samples, 0), 0)
 
     def step() -> Tensor:  # (B, V); the cache itself counts where the next key goes
-        out = model.base_model(token, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        past = {cache_argument(type(model.base_model)): cache}
+        out = model.base_model(token, attention_mask=mask, position_ids=positions, **past)
         return head(out.last_hidden_state[:, -1])
 
     def rewind() -> None:
@@ -81,12 +81,12 @@ def sample_static(
     lengths = torch.zeros(P * samples, dtype=torch.long, device=device)  # (B,)
     entropy = torch.zeros((), dtype=torch.float64, device=device)
     for t in range(max_tokens):
-        probs = torch.softmax(logits.float() / temperature, -1)  # (B, V)
+        probs = torch.softmax(logits.float() / config.temperature, -1)  # (B, V)
         drawn = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
         ids[:, t] = drawn[:, 0] * going
         lengths += going
         entropy += (torch.special.entr(probs).sum(1) * going).sum()
-        going &= ~torch.isin(drawn[:, 0], stop_ids)
+        going &= ~torch.isin(drawn[:, 0], policy.stop_ids)
         if t + 1 == max_tokens or ((t + 1) % CHECK_EVERY == 0 and not going.any()):
             break
         token.copy_(drawn)
@@ -155,18 +155,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one to warm up (default: %(default)s)")
     args = parser.parse_args()
     try:
-        policy = load_policy(Config(model=args.model, device=args.device))
+        config = Config(model=args.model, device=args.device, max_tokens=args.max_tokens)
+        policy = load_policy(config)
     except BadInput as error:
         parser.exit(2, f"static_decoding.py: {error}\n")
     model, device, T, N = policy.sampler, policy.device, args.max_tokens, args.samples
     cuda = device.type == "cuda"
     print(f"{torch.cuda.get_device_name(device) if cuda else 'CPU, no graph'}, {model.dtype}, torch {torch.__version__}")
 
-    never = torch.tensor([], dtype=torch.long, device=device)  # no stop: every sequence has T tokens, whoever draws it
+    endless = policy._replace(stop_ids=policy.stop_ids[:0])  # no stop: every sequence has T tokens, whoever draws it
 
-    def by(sampler: Callable[..., Rollouts], temperature: float = 1.0, **options: Any) -> Tensor:
-        generator = torch.Generator(device).manual_seed(0)
-        return sampler(model, ids, mask, N, T, temperature, never, generator, **options).ids
+    def by(sampler: Callable[..., Rollouts], **options: Any) -> Tensor:
+        return sampler(endless, ids, mask, N, config, torch.Generator(device).manual_seed(0), **options).ids
 
     def generate(cache: str) -> Tensor:
         settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0, cache_implementation=cache)
