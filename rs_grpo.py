@@ -9,9 +9,9 @@ and only one function changes, the advantage of sample i among the N samples of 
 
     Â_i = (1/β) ( exp(β r_i) / mean_j exp(β r_j) − 1 )          `risk_sensitive_advantage`
 
-β = 0 is the mean baseline r_i − mean(r). Everything else is GRPO in its plainest form: sample N completions of each
-prompt, judge them by a rule, take one on-policy gradient step. Left out, because the method needs none of them: a
-value network, a reward model, a KL penalty, a reference model. A first reader can stop after `train`.
+β = 0 is the mean baseline r_i − mean(r). All else is GRPO at its plainest: sample N completions of each prompt, judge
+them by a rule, take one on-policy gradient step. Left out, as the method needs none of them: a value network, a reward
+model, a KL penalty, a reference model. A first reader can stop after `train`.
 
     python rs_grpo.py                         # train the embedded model on Countdown, pass@k before and after: 3 minutes
     python rs_grpo.py --advantage grpo        # the same with GRPO
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import copy
 import functools
 import inspect
@@ -40,6 +39,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +58,6 @@ from tqdm import tqdm
 EMBEDDED = "countdown-base"  # the model that lies beside this file
 HERE = Path(__file__).resolve().parent
 SETTINGS, METRICS, RESULTS, CHECKPOINT = "config.json", "metrics.jsonl", "eval.json", "checkpoint.pt"
-
 WARMUP_STEPS = 10  # the learning rate rises linearly over these
 MAX_GRAD_NORM = 1.0
 MAX_FAILURES = 3  # updates in a row that were not finite before a run gives up
@@ -128,7 +127,6 @@ class Config:
         expect(self.clip_low < 1, "clip_low", "below 1")
         expect(self.updates <= self.prompts, "updates", f"at most --prompts, {self.prompts}")
         expect(self.samples >= 2, "samples", "at least 2: an advantage compares the samples of a group")
-        expect(self.task != "", "task", "the name of a task")
         expect(self.precision in ("auto", "float32", "bfloat16"), "precision", "auto, float32 or bfloat16")
         expect(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}")
         if self.advantage in ("chen", "mahdavi", "pkpo", "pkpo_loo"):
@@ -203,10 +201,13 @@ def chen_advantage(rewards: Tensor, k: int) -> Tensor:
     Raises ValueError for rewards other than 0 and 1, or k outside 1 … N.
     """
     rewards, c = _groups(rewards, k)
-    n = rewards.shape[1]
-    fail = _share_without_success(n, k, c)  # (P, 1): 1 − ρ
-    fail_beside_wrong = _share_without_success(n - 1, k - 1, c.clamp(max=n - 1))
-    advantages = torch.where(rewards == 1, fail, fail - fail_beside_wrong) / ((fail * (1 - fail)).sqrt() + 1e-6)
+
+    def fail(n: int, k: int) -> Tensor:  # (P, 1): C(n−c, k) / C(n, k), the share of size-k subsets that miss all c correct ones
+        shares = [math.comb(max(n - count, 0), k) / math.comb(n, k) for count in range(rewards.shape[1] + 1)]
+        return torch.tensor(shares, dtype=torch.float64, device=c.device)[c.long()]
+
+    rest = fail(rewards.shape[1], k)  # 1 − ρ
+    advantages = torch.where(rewards == 1, rest, rest - fail(rewards.shape[1] - 1, k - 1)) / ((rest * (1 - rest)).sqrt() + 1e-6)
     return advantages.to(rewards.dtype)
 
 
@@ -239,16 +240,14 @@ def pkpo_advantage(rewards: Tensor, k: int, leave_one_out: bool = False) -> Tens
     r = r - r[:, :1] * leave_one_out  # there a constant cancels, and a group of equal rewards becomes exactly 0
     n = r.shape[1]
 
-    def share(below: int, others: int) -> Tensor:  # (N,): C(j − below, others) / C(N, k) for j = 0 … N−1
+    def subsets(below: int, others: int) -> Tensor:  # (N,): C(j − below, others) for j = 0 … N−1, exact up to 2^53
         counts = [math.comb(max(j - below, 0), others) if others >= 0 else 0 for j in range(n)]
-        return torch.tensor([count / math.comb(n, k) for count in counts], dtype=torch.float64, device=r.device)
+        return torch.tensor(counts, dtype=torch.float64, device=r.device)
 
-    best = share(0, k - 1) * r  # (P, N)
-    if leave_one_out:  # i counts where it is the best, by what it is better than the second best, some j below
-        score = best - ((share(0, k - 2) * r).cumsum(1) - share(0, k - 2) * r)
-    else:  # i is the best, or some j above it is
-        score = best + ((share(1, k - 2) * r).flip(1).cumsum(1).flip(1) - share(1, k - 2) * r)
-    return torch.empty_like(score).scatter_(1, order, score).to(rewards.dtype)
+    best, other = subsets(0, k - 1), subsets(0 if leave_one_out else 1, k - 2).expand(n, n)  # (N,), and (N, N) by columns j
+    # Sample i is the best of its subset; else some j above it is, or with leave-one-out: less the second best, some j below.
+    weight = torch.diag(best) + (-other.tril(-1) if leave_one_out else other.triu(1))  # (N, N)
+    return torch.empty_like(r).scatter_(1, order, r @ weight.T / math.comb(n, k)).to(rewards.dtype)
 
 
 def maxrl_advantage(rewards: Tensor) -> Tensor:
@@ -273,12 +272,6 @@ def _groups(rewards: Tensor, k: int = 1, least_k: int = 1, binary: bool = True) 
     return rewards if rewards.is_floating_point() else rewards.float(), rewards.double().sum(1, keepdim=True)
 
 
-def _share_without_success(n: int, k: int, c: Tensor) -> Tensor:
-    """C(n−c, k) / C(n, k): the share of size-k subsets of n samples that miss all c correct ones. Shape of `c`."""
-    shares = [math.comb(n - count, k) / math.comb(n, k) for count in range(n + 1)]
-    return torch.tensor(shares, dtype=torch.float64, device=c.device)[c.long()]
-
-
 ADVANTAGES: dict[str, Callable[[Tensor, Config], Tensor]] = {
     "rs": lambda rewards, config: risk_sensitive_advantage(rewards, config.beta),
     "mean": lambda rewards, config: mean_baseline_advantage(rewards),
@@ -299,7 +292,6 @@ MAX_EXPRESSION = 100  # characters of a Countdown answer; a longer one is wrong
 
 class Problem(NamedTuple):
     """What the model reads, and what the reward rule needs to judge a completion."""
-
     prompt: str
     answer: Any  # Countdown: (numbers, target); mathematics: the answer's text
     task: str = "countdown"
@@ -307,7 +299,6 @@ class Problem(NamedTuple):
 
 class Task(NamedTuple):
     """Problems to learn from, problems to be judged on, and the rule."""
-
     train: list[Problem]
     held_out: list[Problem]
     rewards: Callable[[Sequence[str], Sequence[Any]], list[float]]  # completions and their answers → rewards
@@ -315,23 +306,17 @@ class Task(NamedTuple):
     failures: Callable[[], int] = lambda: 0  # judgements given up so far: too slow, or a crash
 
 
-def countdown_problem(prompt: str) -> Problem:
-    """The problem that a prompt such as `4,7,9,12=48:` asks: reach 48 with 4, 7, 9 and 12."""
-    *numbers, target = map(int, re.findall("[0-9]+", prompt))
-    return Problem(prompt, (tuple(numbers), target))
-
-
 def countdown_problems(count: int, held_out: bool) -> list[Problem]:
     """The first `count` problems of countdown-base/train.txt or held-out.txt. Raises BadInput if there are not that many.
 
-    Four numbers from 1 to 13 and a target from 1 to 99, the value of a random expression tree over them, so that each has
-    a solution; experiments/pretrain.py wrote them.
+    Four numbers from 1 to 13 and the value of a random expression tree over them, from 1 to 99 (experiments/pretrain.py).
     """
     path = HERE / EMBEDDED / ("held-out.txt" if held_out else "train.txt")
     prompts = path.read_text().split() if path.exists() else []
     if count > len(prompts):
         raise BadInput(f"{count} Countdown problems were asked for, but {path} has {len(prompts)}; ask for fewer")
-    return [countdown_problem(prompt) for prompt in prompts[:count]]
+    numbers = [tuple(map(int, re.findall("[0-9]+", prompt))) for prompt in prompts[:count]]  # 4,7,9,12=48: → 4, 7, 9, 12, 48
+    return [Problem(prompt, (every[:-1], every[-1])) for prompt, every in zip(prompts, numbers)]
 
 
 def countdown_reward(completion: str, numbers: Sequence[int], target: int) -> float:
@@ -364,7 +349,6 @@ def countdown_value(completion: str, numbers: Sequence[int]) -> int | Fraction |
 
 class Policy(NamedTuple):
     """A causal language model with what is needed to sample from it."""
-
     model: Any  # what learns: float32 weights
     sampler: Any  # what samples: the same model, or its copy in bfloat16
     tokenizer: Any
@@ -374,7 +358,6 @@ class Policy(NamedTuple):
 
 class Rollouts(NamedTuple):
     """B completions of P prompts: as sampled, N of each, those of one prompt lying together."""
-
     prompt_ids: Tensor  # (P, L), padded on the left
     prompt_mask: Tensor  # (P, L), 1 on real tokens
     owner: Tensor  # (B,): which of the prompts a row completes
@@ -475,12 +458,12 @@ def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> T
 
     As in sampling, each prompt is run once, through the cache, and the gradient of all its samples flows back into it.
     Logits are computed for completion tokens alone: the prompt's last hidden state predicts the first of them, and the
-    hidden state of token t predicts token t + 1. With gradient checkpointing there is no cache (its layers drop it), so
-    each row is then run whole.
+    hidden state of token t predicts token t + 1. With gradient checkpointing, where running a layer again would add to the
+    cache again, each row is run whole.
     """
     ids, mask, owner = rollouts.ids, rollouts.mask, rollouts.owner
     attended = F.pad(rollouts.prompt_mask[owner], (0, ids.shape[1] - 1), value=1)  # (B, L+T−1): nothing looks back at padding
-    if any(layer.training for layer in model.modules()):  # see `learning`
+    if getattr(model, "checkpointed", False):
         rows = torch.cat([rollouts.prompt_ids[owner], ids[:, :-1]], 1)  # (B, L+T−1)
         hidden = hidden_states(model, rows, attended)[:, -ids.shape[1] :]  # (B, T, D)
     else:
@@ -630,7 +613,6 @@ def evaluate(policy: Policy, task: Task, config: Config, interrupted: Callable[[
 @dataclass
 class State:
     """What a run knows beside its weights."""
-
     solved: Tensor  # (training problems,) bool: solved at least once
     step: int = 0  # done so far
     drawn: int = 0  # training problems taken so far
@@ -699,8 +681,8 @@ def train(config: Config, resume: bool = False, interrupted: Callable[[], bool] 
 
                 gradients = clipped_gradients(policy, batches, config)
             for gradient in gradients:
-                with learning(policy) as model:
-                    loss = gradient(model)
+                with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
+                    loss = gradient(policy.model)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item())
                 finite = math.isfinite(loss) and math.isfinite(grad_norms[-1])
                 state.failed, failed_in_a_row = state.failed + (not finite), 0 if finite else failed_in_a_row + 1
@@ -735,8 +717,7 @@ def train(config: Config, resume: bool = False, interrupted: Callable[[], bool] 
             bar.set_postfix_str(PROGRESS.format(**metrics), refresh=False)
             if step % max(1, config.steps // 5) == 0:
                 tqdm.write(showcase(step, problems, completions, rewards))
-            evaluated_next = config.eval_every and step % config.eval_every == 0
-            if step % config.save_every == 0 or step == config.steps or evaluated_next or interrupted():
+            if step % config.save_every == 0 or step == config.steps or interrupted():
                 save_checkpoint(folder, policy, optimizer, generator, state)
             if interrupted():
                 raise KeyboardInterrupt
@@ -805,18 +786,17 @@ def load_policy(config: Config) -> Policy:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(f"--device {config.device} can't be used here ({first_line(error)}); auto picks one that can") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer  # here, so that importing this file stays cheap
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    path = HERE / EMBEDDED if config.model == EMBEDDED else Path(config.model).expanduser()
-    if not path.exists() and (path.is_absolute() or config.model.startswith((".", "~")) or config.model.count("/") > 1):
-        raise BadInput(f"--model {config.model} doesn't exist; give a folder that holds a Hugging Face model, or a hub id")
-    name = str(path) if path.exists() else config.model
+    name = HERE / EMBEDDED if config.model == EMBEDDED else config.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()  # no dropout, ever
     except Exception as error:  # whatever a hub, a config or a damaged file may raise: it can't be loaded
-        raise BadInput(f"--model {config.model} can't be loaded as a causal language model: {first_line(error)}") from error
+        reason = f"can't be loaded ({first_line(error)}); give a folder with a causal language model, or a hub id"
+        raise BadInput(f"--model {config.model} {reason}") from error
     with torch.no_grad():
         ids = torch.tensor([[0, 1]], device=device)
         head, hidden = model.get_output_embeddings(), model.base_model(ids).last_hidden_state
@@ -824,15 +804,23 @@ def load_policy(config: Config) -> Policy:
             raise BadInput(f"--model {config.model} changes its logits after the output layer, which isn't supported here")
     stops = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
     stops = {i for stop in stops if stop is not None for i in (stop if isinstance(stop, list) else [stop])}
-    # Adding an update of 1e-6 to a weight of 1e-2 is lost in bfloat16's 8 bits: a model kept in it hardly learns. So
-    # the weights that learn are float32, and sampling, bound by memory traffic, reads a bfloat16 copy made each step.
+    # Adding an update of 1e-6 to a weight of 1e-2 is lost in bfloat16's 8 bits: a model kept in it hardly learns. So the
+    # weights that learn are float32, with bfloat16 products (autocast); sampling, bound by memory traffic, reads a copy.
     low = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     sampler = copy.deepcopy(model) if low else model
     for parameter in sampler.parameters() if low else ():
         parameter.data = parameter.data.to(torch.bfloat16)  # not .to() of the model: rotary frequencies stay float32
-    if config.checkpointing:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.checkpointed = config.checkpointing
+    for layer in model.modules():
+        if config.checkpointing and isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(run_checkpointed, layer.forward)
     return Policy(model, sampler, tokenizer, torch.tensor(sorted(stops), dtype=torch.long, device=device), device)
+
+
+def run_checkpointed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A layer's `forward`; in learning, what it computes on the way is computed again in the backward pass, not kept."""
+    again = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, so no randomness
+    return checkpoint(forward, *args, **again, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -841,20 +829,6 @@ def refresh_sampler(policy: Policy) -> None:
     if policy.sampler is not policy.model:
         for sampling, learning in zip(policy.sampler.parameters(), policy.model.parameters()):
             sampling.copy_(learning)
-
-
-@contextlib.contextmanager
-def learning(policy: Policy) -> Iterator[Any]:
-    """Within, the model computes as it learns: matrix products in bfloat16 if it samples so, checkpointing if asked for."""
-    # transformers checkpoints a layer that is in training mode. Only the layer's own switch is set, not that of the
-    # dropout within, and it is reset for sampling, where a checkpointed layer would drop its cache.
-    layers = [layer for layer in policy.model.modules() if getattr(layer, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.training = True
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
-        yield policy.model
-    for layer in layers:
-        layer.training = False
 
 
 def first_line(error: Exception) -> str:
@@ -874,12 +848,10 @@ def open_run_folder(config: Config, resume: bool) -> Path:
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        used = any(path.suffix != ".tmp" for path in folder.iterdir())
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("no permission")
+        tempfile.TemporaryFile(dir=folder).close()  # a run can write here
     except OSError as error:
-        raise BadInput(f"--out {folder} can't be written ({error.strerror or error}); choose another folder") from error
-    if used:
+        raise BadInput(f"--out {folder} can't be written ({error.strerror}); choose another folder") from error
+    if any(path.suffix != ".tmp" for path in folder.iterdir()):
         raise BadInput(f"{folder} isn't empty; go on with the run in it by --resume, or choose another folder with --out")
     return folder
 
@@ -960,13 +932,9 @@ def draw_pass_at_k(results: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: a flag for every field of `Config`, and --resume."""
-    parser = argparse.ArgumentParser(
-        prog="rs_grpo.py",
-        description="Train a language model with Risk-Sensitive GRPO, and measure pass@k before and after.",
-        epilog="A run folder holds config.json, metrics.jsonl, eval.json, passk.png, checkpoint.pt and model/.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    about = "Train a language model with Risk-Sensitive GRPO, and measure pass@k before and after."
+    files = "A run folder holds config.json, metrics.jsonl, eval.json, passk.png, checkpoint.pt and model/."
+    parser = argparse.ArgumentParser("rs_grpo.py", None, about, files, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"rs_grpo.py: {message}; see --help\n")
     for f in fields(Config):
         default = f" (default: {f.default})" if f.default != "" else ""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rs_grpo import Config, Policy, Rollouts, completion_logprobs, learning, merge_equal, micro_batches, take
+from rs_grpo import Config, Policy, Rollouts, completion_logprobs, merge_equal, micro_batches, take
 
 
 def clipped_gradients(
@@ -32,9 +32,9 @@ def clipped_gradients(
 def score(policy: Policy, rollouts: Rollouts, advantages: Tensor, config: Config) -> Tensor:
     """log π_old (B, T) of the completions: computed as in learning, or the sampler's rounding would pass for a change."""
     old = torch.zeros(rollouts.mask.shape, device=policy.device)
-    with learning(policy) as model:
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
         for rows in micro_batches(rollouts, merge_equal(rollouts, advantages), config.micro_tokens):
-            logprobs = completion_logprobs(model, take(rollouts, rows), config.temperature)
+            logprobs = completion_logprobs(policy.model, take(rollouts, rows), config.temperature)
             old[rows, : logprobs.shape[1]] = logprobs
     return old
 
