@@ -527,12 +527,12 @@ def test_greedy_sampling_in_a_padded_batch_equals_greedy_decoding_one_by_one(pol
     assert len(lengths) > 2  # rows retired at different times
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_samples_are_distributed_as_the_models_softmax_at_the_temperature(policy, temperature):
-    rollouts = draw(policy, samples=8000, max_tokens=2, temperature=temperature)
+def assert_drawn_from_the_softmax(policy, rollouts: Rollouts, temperature: float):
+    """Shares of the first two tokens against the model's probabilities, within five standard errors."""
+    samples = len(rollouts.ids) // len(PROMPTS)
     for i, prompt in enumerate(PROMPTS):
         ids = policy.tokenizer(prompt).input_ids
-        rows = rollouts.ids[i * 8000 : (i + 1) * 8000]
+        rows = rollouts.ids[i * samples : (i + 1) * samples]
         with torch.no_grad():
             first = torch.softmax(policy.model(torch.tensor([ids])).logits[0, -1] / temperature, -1)
             favourite = first.argmax().item()
@@ -544,14 +544,24 @@ def test_samples_are_distributed_as_the_models_softmax_at_the_temperature(policy
             assert ((share - probs).abs() < 5 * error + 1e-9).all()
 
 
-def test_the_reported_entropy_is_the_mean_over_the_sampled_tokens(policy):
-    rollouts = draw(policy, temperature=0.8)
+def mean_entropy(policy, rollouts: Rollouts, temperature: float) -> float:
     entropies = []
     with torch.no_grad():
         for prompt, completion in unpadded(rollouts):
-            logits = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.8
+            logits = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
             entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
-    assert rollouts.entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+    return sum(entropies) / len(entropies)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_are_distributed_as_the_models_softmax_at_the_temperature(policy, temperature):
+    rollouts = draw(policy, samples=8000, max_tokens=2, temperature=temperature)
+    assert_drawn_from_the_softmax(policy, rollouts, temperature)
+
+
+def test_the_reported_entropy_is_the_mean_over_the_sampled_tokens(policy):
+    rollouts = draw(policy, temperature=0.8)
+    assert rollouts.entropy == pytest.approx(mean_entropy(policy, rollouts, 0.8), rel=1e-4)
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
@@ -1663,20 +1673,8 @@ def test_greedy_completions_with_the_static_cache_equal_those_of_sample(policy, 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_static_samples_are_distributed_as_the_models_softmax_at_the_temperature(policy, temperature):
-    n = 8000
-    rollouts = draw_static(policy, samples=n, max_tokens=2, temperature=temperature)
-    for i, prompt in enumerate(PROMPTS):
-        ids = policy.tokenizer(prompt).input_ids
-        rows = rollouts.ids[i * n : (i + 1) * n]
-        with torch.no_grad():
-            first = torch.softmax(policy.model(torch.tensor([ids])).logits[0, -1] / temperature, -1)
-            favourite = first.argmax().item()
-            logits = policy.model(torch.tensor([ids + [favourite]])).logits[0, -1]
-        second = torch.softmax(logits / temperature, -1)
-        for drawn, probs in ((rows[:, 0], first), (rows[rows[:, 0] == favourite, 1], second)):
-            share = torch.bincount(drawn, minlength=len(probs)) / len(drawn)
-            error = (probs * (1 - probs) / len(drawn)).sqrt()
-            assert ((share - probs).abs() < 5 * error + 1e-9).all()
+    rollouts = draw_static(policy, samples=8000, max_tokens=2, temperature=temperature)
+    assert_drawn_from_the_softmax(policy, rollouts, temperature)
 
 
 def test_a_static_completion_ends_with_its_first_eos_and_its_entropy_is_that_of_the_sampled_tokens(policy):
@@ -1686,12 +1684,7 @@ def test_a_static_completion_ends_with_its_first_eos_and_its_entropy_is_that_of_
     assert all(eos not in row[:-1] for row in rows)
     assert 10 < sum(row[-1] == eos for row in rows) < len(rows) and all(len(row) == 12 for row in rows if row[-1] != eos)
     assert (rollouts.mask.long().diff(dim=1) <= 0).all() and not rollouts.ids[~rollouts.mask].any()
-    entropies = []
-    with torch.no_grad():
-        for prompt, completion in unpadded(rollouts):
-            logits = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.8
-            entropies += torch.distributions.Categorical(logits=logits).entropy().tolist()
-    assert rollouts.entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+    assert rollouts.entropy == pytest.approx(mean_entropy(policy, rollouts, 0.8), rel=1e-4)
 
 
 def test_static_sampling_stops_soon_after_every_row_has_ended(policy):
