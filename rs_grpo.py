@@ -40,7 +40,6 @@ import re
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -53,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 EMBEDDED = "countdown-base"  # the model that lies beside this file
 HERE = Path(__file__).resolve().parent
@@ -85,7 +84,7 @@ class Config:
     model: str = option(EMBEDDED, "folder or hub id of a causal language model")
     task: str = option("countdown", "countdown, countdown-text, gsm8k or another named set, or a .jsonl file")
     eval_task: str = option("", "what to evaluate on, several separated by commas (default: a held-out tenth of --task)")
-    instruction: str = option("", "what a pretrained model is told after each problem (default: the task's own)")
+    instruction: str = option("", "what a model is told after each problem; compact Countdown has none (default: the task's own)")
     out: str = option("", "run folder to write (default: runs/<advantage>-seed<seed>, with beta where it counts)")
     seed: int = option(0, "of the order of the problems and of every sampled token")
     advantage: str = option("rs", "estimator: rs, mean, grpo, chen, mahdavi, pkpo, pkpo_loo or maxrl")
@@ -100,15 +99,15 @@ class Config:
     dynamic_sampling: int = option(0, "draw as many prompts again, up to this often, while too few have a signal")
     samples: int = option(16, "completions a prompt, the group over which advantages are taken; the paper has 16")
     steps: int = option(500, "training steps; 0 only evaluates")
-    train_problems: int = option(10_000, "size of the training set, gone through in epochs without replacement")
+    train_problems: int = option(10_000, "size of the training set, gone through in epochs; Countdown has 20,000")
     max_tokens: int = option(20, "longest completion in tokens; Countdown's longest sensible answer has 16")
-    eval_problems: int = option(128, "held-out problems to evaluate on")
+    eval_problems: int = option(128, "held-out problems to evaluate on; Countdown has 2,000")
     eval_samples: int = option(0, "completions for each, so the largest k; 0 is 256 on Countdown, --samples elsewhere")
-    eval_rows: int = option(256, "completions sampled at once in an evaluation: memory")
+    eval_rows: int = option(256, "completions sampled at once in an evaluation, those of one problem at least: memory")
     eval_every: int = option(0, "also evaluate every so many steps; 0 is only before and after")
     save_every: int = option(50, "steps between checkpoints: the most training that a kill can cost")
     micro_tokens: int = option(4096, "tokens in one forward and backward pass: sets memory and speed, not the gradient")
-    checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third slower")
+    checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, but twice as slow or more")
     precision: str = option("auto", "of sampling and of matrix products: float32, bfloat16, or auto (bfloat16 on CUDA)")
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), or a torch device such as cpu or cuda:1")
 
@@ -121,11 +120,12 @@ class Config:
             value, kind = getattr(self, f.name), type(f.default)
             least = 0 if f.name in ("steps", "eval_samples", "eval_every", "seed", "dynamic_sampling") else 1
             expect(type(value) is kind or (kind is float and type(value) is int), f.name, f"of type {kind.__name__}")
-            expect(kind is not int or value >= least, f.name, f"at least {least}")
+            expect(kind is not int or least <= value < 2**62, f.name, f"at least {least}")
             expect(kind is not float or math.isfinite(value), f.name, "a finite number")
             expect(f.name not in ("lr", "temperature", "clip_low", "clip_high") or value > 0, f.name, "above 0")
         expect(self.clip_low < 1, "clip_low", "below 1")
         expect(self.updates <= self.prompts, "updates", f"at most --prompts, {self.prompts}")
+        expect(self.task != "", "task", "the name of a task")
         expect(self.samples >= 2, "samples", "at least 2: an advantage compares the samples of a group")
         expect(self.precision in ("auto", "float32", "bfloat16"), "precision", "auto, float32 or bfloat16")
         expect(self.advantage in ADVANTAGES, "advantage", f"one of {', '.join(ADVANTAGES)}")
@@ -181,14 +181,14 @@ def mean_baseline_advantage(rewards: Tensor) -> Tensor:
     return risk_sensitive_advantage(rewards, 0.0)
 
 
-def grpo_advantage(rewards: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Â_i = (r_i − mean(r)) / (std(r) + ε), with the population's std (GRPO, arXiv 2402.03300).
+def grpo_advantage(rewards: Tensor) -> Tensor:
+    """Â_i = (r_i − mean(r)) / (std(r) + 1e-6), with the population's std (GRPO, arXiv 2402.03300).
 
     The division makes hard and easy prompts weigh alike: 3.873/−.258 at c = 1 of 16 and .258/−3.873 at c = 15.
     Shapes, dtype and errors as in `risk_sensitive_advantage`; exactly 0 for equal rewards.
     """
     advantages = mean_baseline_advantage(rewards)  # (P, N)
-    return advantages / (advantages.std(1, keepdim=True, correction=0) + epsilon)
+    return advantages / (advantages.std(1, keepdim=True, correction=0) + 1e-6)
 
 
 def chen_advantage(rewards: Tensor, k: int) -> Tensor:
@@ -201,13 +201,10 @@ def chen_advantage(rewards: Tensor, k: int) -> Tensor:
     Raises ValueError for rewards other than 0 and 1, or k outside 1 … N.
     """
     rewards, c = _groups(rewards, k)
-
-    def fail(n: int, k: int) -> Tensor:  # (P, 1): C(n−c, k) / C(n, k), the share of size-k subsets that miss all c correct ones
-        shares = [math.comb(max(n - count, 0), k) / math.comb(n, k) for count in range(rewards.shape[1] + 1)]
-        return torch.tensor(shares, dtype=torch.float64, device=c.device)[c.long()]
-
-    rest = fail(rewards.shape[1], k)  # 1 − ρ
-    advantages = torch.where(rewards == 1, rest, rest - fail(rewards.shape[1] - 1, k - 1)) / ((rest * (1 - rest)).sqrt() + 1e-6)
+    n, correct = rewards.shape[1], [int(count) for count in c]
+    miss = c.new_tensor([[math.comb(n - i, k) / math.comb(n, k)] for i in correct])  # (P, 1): 1 − ρ
+    beside = c.new_tensor([[math.comb(max(n - i - 1, 0), k - 1) / math.comb(n - 1, k - 1)] for i in correct])  # (P, 1)
+    advantages = torch.where(rewards == 1, miss, miss - beside) / ((miss * (1 - miss)).sqrt() + 1e-6)
     return advantages.to(rewards.dtype)
 
 
@@ -241,13 +238,13 @@ def pkpo_advantage(rewards: Tensor, k: int, leave_one_out: bool = False) -> Tens
     n = r.shape[1]
 
     def subsets(below: int, others: int) -> Tensor:  # (N,): C(j − below, others) for j = 0 … N−1, exact up to 2^53
-        counts = [math.comb(max(j - below, 0), others) if others >= 0 else 0 for j in range(n)]
-        return torch.tensor(counts, dtype=torch.float64, device=r.device)
+        return r.new_tensor([float(math.comb(max(j - below, 0), others)) if others >= 0 else 0.0 for j in range(n)])
 
-    best, other = subsets(0, k - 1), subsets(0 if leave_one_out else 1, k - 2).expand(n, n)  # (N,), and (N, N) by columns j
-    # Sample i is the best of its subset; else some j above it is, or with leave-one-out: less the second best, some j below.
+    # weight[i, j]: in how many subsets r_j counts for sample i. On the diagonal i is the best of its subset. Plain: some
+    # j > i is. Leave-one-out: some j < i is the second best, and is subtracted.
+    best, other = subsets(0, k - 1), subsets(0 if leave_one_out else 1, k - 2).expand(n, n)  # (N,), (N, N)
     weight = torch.diag(best) + (-other.tril(-1) if leave_one_out else other.triu(1))  # (N, N)
-    return torch.empty_like(r).scatter_(1, order, r @ weight.T / math.comb(n, k)).to(rewards.dtype)
+    return torch.empty_like(r).scatter_(1, order, r @ weight.T / float(math.comb(n, k))).to(rewards.dtype)
 
 
 def maxrl_advantage(rewards: Tensor) -> Tensor:
@@ -314,9 +311,10 @@ def countdown_problems(count: int, held_out: bool) -> list[Problem]:
     path = HERE / EMBEDDED / ("held-out.txt" if held_out else "train.txt")
     prompts = path.read_text().split() if path.exists() else []
     if count > len(prompts):
-        raise BadInput(f"{count} Countdown problems were asked for, but {path} has {len(prompts)}; ask for fewer")
-    numbers = [tuple(map(int, re.findall("[0-9]+", prompt))) for prompt in prompts[:count]]  # 4,7,9,12=48: → 4, 7, 9, 12, 48
-    return [Problem(prompt, (every[:-1], every[-1])) for prompt, every in zip(prompts, numbers)]
+        remedy = "ask for fewer" if prompts else "experiments/pretrain.py writes it"
+        raise BadInput(f"{count} Countdown problems were asked for, but {path} has {len(prompts)}; {remedy}")
+    parts = [tuple(map(int, re.findall("[0-9]+", prompt))) for prompt in prompts[:count]]  # of 4,7,9,12=48: five numbers
+    return [Problem(prompt, (numbers, target)) for prompt, (*numbers, target) in zip(prompts, parts)]
 
 
 def countdown_reward(completion: str, numbers: Sequence[int], target: int) -> float:
@@ -407,7 +405,9 @@ def prefill(model: Any, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor
 
 
 @torch.no_grad()
-def sample(policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, samples: int, config: Config, generator: Any) -> Rollouts:
+def sample(
+    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, samples: int, config: Config, generator: torch.Generator
+) -> Rollouts:
     """Draw `samples` completions of each prompt (P, L) from softmax(logits / temperature), nothing cut off.
 
     Samples of a prompt that are equal so far are one row of the batch: at first all of them, so that each prompt is run
@@ -484,15 +484,11 @@ def token_logprobs(head: Any, hidden: Tensor, ids: Tensor, temperature: float) -
     With a vocabulary of 150,000, logits are by far the largest tensor. So they are computed for a few tokens at a time,
     and again in the backward pass instead of being kept.
     """
-
-    def part(hidden: Tensor, ids: Tensor) -> Tensor:
-        return -F.cross_entropy(head(hidden).float() / temperature, ids, reduction="none")
-
+    part = lambda hidden, ids: -F.cross_entropy(head(hidden).float() / temperature, ids, reduction="none")  # noqa: E731
     rows = max(1, MAX_LOGITS // head.weight.shape[0])
     if len(ids) <= rows:
         return part(hidden, ids)
-    parts = zip(hidden.split(rows), ids.split(rows))
-    return torch.cat([checkpoint(part, h, i, use_reentrant=False) for h, i in parts])
+    return torch.cat([checkpoint(part, *some, use_reentrant=False) for some in zip(hidden.split(rows), ids.split(rows))])
 
 
 def policy_gradient(model: Any, batches: Sequence[tuple[Rollouts, Tensor]], config: Config) -> float:
@@ -514,9 +510,7 @@ def policy_gradient(model: Any, batches: Sequence[tuple[Rollouts, Tensor]], conf
         weights = merge_equal(rollouts, advantages)  # (B,)
         for rows in micro_batches(rollouts, weights, config.micro_tokens):
             logprobs = completion_logprobs(model, take(rollouts, rows), config.temperature)  # (B', T')
-            weight = weights[rows, None]  # (B', 1): the same on every token
-            assert weight.shape[0] == logprobs.shape[0]
-            loss = -(weight * logprobs).sum() / tokens
+            loss = -(weights[rows, None] * logprobs).sum() / tokens  # (B', 1) and (B', T'): the same on every token
             loss.backward()
             total += loss.item()
     return total
@@ -524,23 +518,22 @@ def policy_gradient(model: Any, batches: Sequence[tuple[Rollouts, Tensor]], conf
 
 def merge_equal(rollouts: Rollouts, advantages: Tensor) -> Tensor:
     """Advantages (P, N) as one weight per row (B,): their sum on the first of equal completions of a prompt, 0 on others."""
-    weights, first = advantages.flatten().tolist(), {}
-    lengths = rollouts.mask.sum(1).tolist()
-    for row, (owner, ids) in enumerate(zip(rollouts.owner.tolist(), rollouts.ids.tolist())):
-        leader = first.setdefault((owner, *ids[: lengths[row]]), row)
-        if leader != row:
-            weights[leader] += weights[row]
-            weights[row] = 0.0
-    return torch.tensor(weights, device=rollouts.ids.device)
+    assert advantages.numel() == len(rollouts.owner)  # (P, N) and (B,): row i·N + j is sample j of prompt i
+    rows = zip(rollouts.owner.tolist(), rollouts.ids.tolist(), rollouts.mask.sum(1).tolist())
+    texts, sums = [(owner, *ids[:length]) for owner, ids, length in rows], {}
+    for text, advantage in zip(texts, advantages.flatten().tolist()):
+        sums[text] = sums.get(text, 0.0) + advantage
+    return torch.tensor([sums.pop(text, 0.0) for text in texts], device=rollouts.ids.device)  # the first takes it all
 
 
 def take(rollouts: Rollouts, rows: Tensor) -> Rollouts:
     """The rollouts of `rows` (B',), without the prompts of others and without columns that hold only padding."""
     prompts, owner = rollouts.owner[rows].unique(return_inverse=True)  # (P',) and (B',)
-    start = int(rollouts.prompt_mask[prompts].any(0).int().argmax())
+    start = int(rollouts.prompt_mask[prompts].any(0).int().argmax())  # the first column that any of these prompts uses
     longest = int(rollouts.mask[rows].sum(1).max())
     prompt_ids, prompt_mask = rollouts.prompt_ids[prompts, start:], rollouts.prompt_mask[prompts, start:]
-    return Rollouts(prompt_ids, prompt_mask, owner, rollouts.ids[rows, :longest], rollouts.mask[rows, :longest], rollouts.entropy)
+    ids, mask = rollouts.ids[rows, :longest], rollouts.mask[rows, :longest]
+    return Rollouts(prompt_ids, prompt_mask, owner, ids, mask, rollouts.entropy)
 
 
 def micro_batches(rollouts: Rollouts, weights: Tensor, micro_tokens: int) -> Iterator[Tensor]:
@@ -588,16 +581,15 @@ def evaluate(policy: Policy, task: Task, config: Config, interrupted: Callable[[
     n, problems = config.eval_samples or (256 if config.task == "countdown" else config.samples), task.held_out
     generator = torch.Generator(policy.device).manual_seed(config.seed + EVALUATION_SEED)
     correct, distinct, at_once = [], [], max(1, config.eval_rows // n)  # problems
-    with tqdm(total=len(problems), desc="evaluating", unit="problem", leave=False, dynamic_ncols=True) as bar:
-        for part in (problems[start : start + at_once] for start in range(0, len(problems), at_once)):
-            prompts = encode(policy, [problem.prompt for problem in part], task.instruction)
-            completions = decode(policy, sample(policy, *prompts, n, config, generator))
-            right = judge(completions, part, task.rewards) >= SOLVED  # (problems, n)
-            correct += right.sum(1).tolist()
-            distinct += [len({completions[i * n + j] for j in row.nonzero().flatten().tolist()}) for i, row in enumerate(right)]
-            bar.update(len(part))
-            if interrupted():
-                raise KeyboardInterrupt
+    for start in trange(0, len(problems), at_once, desc="evaluating", unit="batch", leave=False, dynamic_ncols=True):
+        part = problems[start : start + at_once]
+        prompts = encode(policy, [problem.prompt for problem in part], task.instruction)
+        completions = decode(policy, sample(policy, *prompts, n, config, generator))
+        right = judge(completions, part, task.rewards) >= SOLVED  # (problems, n)
+        correct += right.sum(1).tolist()
+        distinct += [len({completions[i * n + j] for j in row.nonzero().flatten().tolist()}) for i, row in enumerate(right)]
+        if interrupted():
+            raise KeyboardInterrupt
     ks = sorted({2**i for i in range(n.bit_length())} | {n})
 
     def mean(name: str | None = None) -> dict[str, float]:  # over the problems of one task, or over all
@@ -638,16 +630,15 @@ def train(config: Config, resume: bool = False, interrupted: Callable[[], bool] 
         load_checkpoint(folder, policy, optimizer, generator, state)
     results, failed_in_a_row = state.results, 0
 
-    def measure(results: dict[str, Any], name: str) -> None:
-        if name not in results:  # otherwise it was measured before the run was stopped
-            results[name] = evaluate(policy, task, config, interrupted)
-            write_atomically(folder / RESULTS, state.results)
+    def measure(into: dict[str, Any], name: str) -> None:
+        if name not in into:  # otherwise it was measured before the run was stopped
+            into[name] = evaluate(policy, task, config, interrupted)
+            write_atomically(folder / RESULTS, results)
             save_checkpoint(folder, policy, optimizer, generator, state)
 
     with open(folder / METRICS, "a") as metrics_file:
         measure(results, "base")
         if config.steps > state.step:
-            results.pop("trained", None)  # of a run that is now extended
             ids, _ = encode(policy, [task.train[0].prompt], task.instruction)
             tqdm.write(f"a prompt as the model sees it: {policy.tokenizer.decode(ids[0])!r}")
         steps = range(state.step + 1, config.steps + 1)
@@ -675,17 +666,18 @@ def train(config: Config, resume: bool = False, interrupted: Callable[[], bool] 
                 signal += int((advantages != 0).any(1).sum())
             sampling_seconds = time.perf_counter() - started
             # 5. Take one step up the policy gradient. (With --updates a few, each on a part of the batch.)
-            gradients, grad_norms = [functools.partial(policy_gradient, batches=batches, config=config)], []
+            gradients, grad_norms = [policy_gradient], []
             if config.updates > 1:
                 from experiments.ppo import clipped_gradients
 
                 gradients = clipped_gradients(policy, batches, config)
             for gradient in gradients:
                 with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
-                    loss = gradient(policy.model)
+                    loss = gradient(policy.model, batches, config)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item())
                 finite = math.isfinite(loss) and math.isfinite(grad_norms[-1])
-                state.failed, failed_in_a_row = state.failed + (not finite), 0 if finite else failed_in_a_row + 1
+                state.failed += not finite
+                failed_in_a_row = 0 if finite else failed_in_a_row + 1
                 if failed_in_a_row == MAX_FAILURES:
                     reason = f"loss or gradient was not finite {MAX_FAILURES} times in a row, up to step {step}"
                     raise FloatingPointError(f"{reason}; start again with a lower --lr")
@@ -696,7 +688,7 @@ def train(config: Config, resume: bool = False, interrupted: Callable[[], bool] 
             refresh_sampler(policy)
 
             seconds = time.perf_counter() - started
-            metrics = {  # where --dynamic-sampling draws again: of the last draw, but for signal and tokens_per_second
+            metrics = {  # where --dynamic-sampling draws again, reward to advantage_size are of the last draw, signal of all
                 "step": step,
                 "reward": rewards.mean().item(),
                 "solved": (rewards.amax(1) >= SOLVED).float().mean().item(),
@@ -717,16 +709,15 @@ def train(config: Config, resume: bool = False, interrupted: Callable[[], bool] 
             bar.set_postfix_str(PROGRESS.format(**metrics), refresh=False)
             if step % max(1, config.steps // 5) == 0:
                 tqdm.write(showcase(step, problems, completions, rewards))
-            if step % config.save_every == 0 or step == config.steps or interrupted():
+            if interrupted() or any(n and step % n == 0 for n in (config.save_every, config.eval_every, config.steps)):
                 save_checkpoint(folder, policy, optimizer, generator, state)
             if interrupted():
                 raise KeyboardInterrupt
 
+        results["trained"] = evaluate(policy, task, config, interrupted) if config.steps else results["base"]
         if config.steps:
-            measure(results, "trained")
             policy.model.save_pretrained(folder / "model")
             policy.tokenizer.save_pretrained(folder / "model")
-    results.setdefault("trained", results["base"])
     write_atomically(folder / RESULTS, results)
     draw_pass_at_k(results, folder / "passk.png")
     return results
@@ -771,13 +762,6 @@ def load_task(config: Config) -> Task:
     return Task(train, held_out, lambda texts, answers: [countdown_reward(t, *a) for t, a in zip(texts, answers)])
 
 
-def math_reward(completion: str, answer: str) -> float:
-    r"""1.0 if the last \boxed{...} of `completion`, or its last number, is equivalent to `answer`, else 0.0."""
-    from experiments import math_tasks
-
-    return math_tasks.math_reward(completion, answer)
-
-
 def load_policy(config: Config) -> Policy:
     """Load a model of the hub or of a folder, in float32 and evaluation mode. Raises BadInput if it can't be used."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -785,12 +769,12 @@ def load_policy(config: Config) -> Policy:
         device = torch.zeros(0, device=best if config.device == "auto" else config.device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadInput(f"--device {config.device} can't be used here ({first_line(error)}); auto picks one that can") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # here, so that importing this file stays cheap
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache  # here: importing this file stays cheap
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    name = HERE / EMBEDDED if config.model == EMBEDDED else config.model
+    name = HERE / EMBEDDED if config.model == EMBEDDED else os.path.expanduser(config.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()  # no dropout, ever
@@ -800,8 +784,10 @@ def load_policy(config: Config) -> Policy:
     with torch.no_grad():
         ids = torch.tensor([[0, 1]], device=device)
         head, hidden = model.get_output_embeddings(), model.base_model(ids).last_hidden_state
-        if head is None or not torch.allclose(model(ids).logits, head(hidden), atol=1e-4):
-            raise BadInput(f"--model {config.model} changes its logits after the output layer, which isn't supported here")
+        plain = head is not None and torch.allclose(model(ids).logits, head(hidden), atol=1e-4)
+    if not plain or not all(hasattr(layer, "batch_select_indices") for layer in DynamicCache(config=model.config).layers):
+        reason = "changes its logits after the output layer, or has layers without a cache of keys and values"
+        raise BadInput(f"--model {config.model} {reason}, which isn't supported here; choose a plain transformer")
     stops = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
     stops = {i for stop in stops if stop is not None for i in (stop if isinstance(stop, list) else [stop])}
     # Adding an update of 1e-6 to a weight of 1e-2 is lost in bfloat16's 8 bits: a model kept in it hardly learns. So the
@@ -817,7 +803,7 @@ def load_policy(config: Config) -> Policy:
     return Policy(model, sampler, tokenizer, torch.tensor(sorted(stops), dtype=torch.long, device=device), device)
 
 
-def run_checkpointed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def run_checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A layer's `forward`; in learning, what it computes on the way is computed again in the backward pass, not kept."""
     again = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, so no randomness
     return checkpoint(forward, *args, **again, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
@@ -870,7 +856,10 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 def write_atomically(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, or what torch.load reads, beside `path` and move it into place: a kill leaves the old or the new, whole."""
     aside = path.with_suffix(".tmp")
-    torch.save(content, aside) if path.suffix == ".pt" else aside.write_text(json.dumps(content, indent=1) + "\n")
+    if path.suffix == ".pt":
+        torch.save(content, aside)
+    else:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(aside, path)
 
 
@@ -932,9 +921,9 @@ def draw_pass_at_k(results: dict[str, Any], path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: a flag for every field of `Config`, and --resume."""
-    about = "Train a language model with Risk-Sensitive GRPO, and measure pass@k before and after."
     files = "A run folder holds config.json, metrics.jsonl, eval.json, passk.png, checkpoint.pt and model/."
-    parser = argparse.ArgumentParser("rs_grpo.py", None, about, files, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    settings = {"epilog": files, "argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("rs_grpo.py", description=__doc__.splitlines()[0], **settings)
     parser.error = lambda message: parser.exit(2, f"rs_grpo.py: {message}; see --help\n")
     for f in fields(Config):
         default = f" (default: {f.default})" if f.default != "" else ""
@@ -943,11 +932,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with the settings stored there")
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume", False)
-    asked, handler = threading.Event(), signal.getsignal(signal.SIGINT)
+    asked, handler = [], signal.getsignal(signal.SIGINT)
 
-    def ask(number: int, frame: Any) -> None:  # Ctrl-C: finish the step and save; a second one breaks off
-        asked.set()
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
         signal.signal(signal.SIGINT, handler)
+        os.write(2, b"\nsaving after this step; Ctrl-C again breaks off at once\n")
 
     try:
         config = Config(**given)
@@ -955,7 +945,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder = config.run_folder
             config = Config(**{**stored_settings(folder), **given, "out": str(folder)})
         signal.signal(signal.SIGINT, ask)
-        results = train(config, resume, asked.is_set)
+        results = train(config, resume, lambda: bool(asked))
     except (BadInput, FloatingPointError) as error:
         parser.exit(2 if isinstance(error, BadInput) else 1, f"rs_grpo.py: {error}\n")
     except KeyboardInterrupt:

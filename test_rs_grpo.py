@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 import bandit
 import rs_grpo
 from experiments import compare, math_tasks, more_tasks, ppo, report, static_decoding
-from experiments.math_tasks import equivalent, last_box, math_rewards, plain_number
+from experiments.math_tasks import equivalent, last_box, math_reward, math_rewards, plain_number
 from experiments.more_tasks import is_held_out
 from experiments.pretrain import PROBLEMS, example, problems, prompt_of, random_expression
 from experiments.ppo import clipped_gradients
@@ -53,7 +53,6 @@ from rs_grpo import (
     load_policy,
     mahdavi_advantage,
     main,
-    math_reward,
     maxrl_advantage,
     mean_baseline_advantage,
     next_indices,
@@ -200,6 +199,13 @@ def test_pkpo_equals_the_sum_over_all_subsets(leave_one_out):
                 gain = rewards[:, list(subset)].amax(1) - (rewards[:, others].amax(1) if leave_one_out else 0)
                 brute[:, i] += gain / math.comb(7, k)
         assert torch.allclose(pkpo_advantage(rewards, k, leave_one_out), brute)
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_pkpo_of_a_hundred_samples_does_not_overflow(leave_one_out):
+    advantages = pkpo_advantage(group(3, samples=100).double(), 50, leave_one_out)[0]
+    without = math.comb(97, 49) / math.comb(99, 49)  # the other 49 all wrong
+    assert advantages[0].item() == pytest.approx(0.5 * (without if leave_one_out else 1), rel=1e-12)
 
 
 def test_chen_equals_the_standardised_best_of_every_subset():
@@ -789,9 +795,9 @@ def test_resuming_with_more_steps_equals_a_longer_run(uninterrupted, tiny, tmp_p
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, tiny, tmp_path, monkeypatch, capsys):
     original = rs_grpo.policy_gradient
 
-    def pressing(*args, **named):
+    def pressing(*args):
         pressed.append(os.kill(os.getpid(), signal.SIGINT))
-        return original(*args, **named)
+        return original(*args)
 
     pressed: list = []
     handler = signal.getsignal(signal.SIGINT)
@@ -807,12 +813,29 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(uninterrupted, tin
     assert same(tmp_path / "run", uninterrupted)
 
 
+def test_ctrl_c_in_an_evaluation_on_the_way_keeps_every_step_before_it(uninterrupted, tiny, tmp_path, monkeypatch):
+    asked, original = [], rs_grpo.evaluate
+
+    def evaluating(*args):
+        asked.append(len(asked) == 1)  # pressed in the second one, after step 3
+        return original(*args)
+
+    monkeypatch.setattr(rs_grpo, "evaluate", evaluating)
+    config = small(tiny, tmp_path / "run", eval_every=3, save_every=50)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, False, lambda: any(asked))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]["step"] == 3
+    monkeypatch.setattr(rs_grpo, "evaluate", original)
+    train(config, resume=True)
+    assert same(tmp_path / "run", uninterrupted)
+
+
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(tiny, tmp_path, monkeypatch):
     original, bad_steps, step = rs_grpo.policy_gradient, {2, 3, 5}, []
 
-    def failing(model, **named):
+    def failing(model, *args):
         step.append(1)
-        loss = original(model, **named)
+        loss = original(model, *args)
         if len(step) in bad_steps:
             next(model.parameters()).grad[0] = math.inf
         return loss
@@ -888,7 +911,7 @@ def complaint(capsys, *flags) -> str:
         "--beta nan", "--beta inf", "--beta x", "--lr nan", "--lr inf", "--lr 0", "--lr -1e-4", "--temperature 0",
         "--temperature -1", "--temperature nan", "--advantage best", "--task chess", "--steps 1.5", "--seed -1",
         "--device tpu9", "--model ./nowhere", "--advantage chen --k 17", "--advantage pkpo_loo --k 1", "--no-such-flag 1",
-        "--resume",
+        "--resume", "--task=", "--eval-task countdown-text", "--seed 18446744073709551615", "--clip-low 1",
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_sentence_and_exit_status_2(capsys, tmp_path, flags):
@@ -904,6 +927,17 @@ def test_a_folder_that_is_no_model_is_refused(capsys, tmp_path, tiny):
     for file in Path(tiny).iterdir():
         (broken / file.name).write_bytes(file.read_bytes()[:100])
     complaint(capsys, "--model", broken, "--out", tmp_path / "run")
+
+
+def test_a_model_without_a_cache_of_keys_and_values_is_refused(capsys, tmp_path, tiny):
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=1, conv_kernel=2, expand=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    tokenizer.save_pretrained(tmp_path / "mamba")
+    capsys.readouterr()
+    assert "plain transformer" in complaint(capsys, "--model", tmp_path / "mamba", "--out", tmp_path / "run")
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
@@ -1914,7 +1948,7 @@ def test_the_second_update_has_the_gradient_of_a_hand_written_ppo_loss(policy):
     old, rows = copy.deepcopy(policy.model), list(unpadded(rollouts))
 
     first, second = clipped_gradients(policy, [(rollouts, advantages)], config)
-    first(policy.model)
+    first(policy.model, [(rollouts, advantages)], config)
     for mine, step in (([0, 2, 4], 1.0), ([1, 3], None)):
         terms, ratios, tokens = [], [], 0
         for i in mine:
@@ -1935,7 +1969,7 @@ def test_the_second_update_has_the_gradient_of_a_hand_written_ppo_loss(policy):
             with torch.no_grad():
                 for p in policy.model.parameters():
                     p.add_(0.05 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-            second(policy.model)
+            second(policy.model, [(rollouts, advantages)], config)
         else:  # ratios below, above and between the bounds (and within 1 ± 0.1), for advantages of both signs
             places = {(sum(r > bound for bound in (0.9, 1.1, 1.3)), a > 0) for r, a in ratios if a}
             assert len(places) == 8

@@ -30,6 +30,9 @@ def load_task(config: Config) -> Task:
         held_out = [countdown_in_words(problem) for problem in countdown_problems(config.eval_problems, held_out=True)]
         return Task(train, held_out, tagged_rewards, config.instruction or IN_ANSWER_TAGS)
 
+    if any(name.startswith("countdown") for name in names):
+        raise BadInput(f"{' and '.join(names)} don't go together; Countdown is evaluated on its own held-out problems alone")
+
     def load(name: str, evaluating: bool) -> list[Problem]:
         return [Problem(*pair, Path(name).stem) for pair in math_tasks.load_problems(name, evaluating).items()]
 

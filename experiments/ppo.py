@@ -19,13 +19,13 @@ from rs_grpo import Config, Policy, Rollouts, completion_logprobs, merge_equal, 
 
 def clipped_gradients(
     policy: Policy, batches: Sequence[tuple[Rollouts, Tensor]], config: Config
-) -> list[Callable[[Any], float]]:
-    """U functions of the model, each like `rs_grpo.policy_gradient`: the u-th learns from every U-th prompt, from u on.
+) -> list[Callable[..., float]]:
+    """U functions to be called like `rs_grpo.policy_gradient`, each for the gradient on every U-th prompt.
 
     Called before the first update, since π_old is the policy as it is now.
     """
-    scored = [(*batch, score(policy, *batch, config)) for batch in batches]
-    return [functools.partial(clipped_gradient, batches=scored, config=config, update=u) for u in range(config.updates)]
+    old = [score(policy, *batch, config) for batch in batches]  # (B, T) each
+    return [functools.partial(clipped_gradient, old=old, update=update) for update in range(config.updates)]
 
 
 @torch.no_grad()
@@ -39,17 +39,19 @@ def score(policy: Policy, rollouts: Rollouts, advantages: Tensor, config: Config
     return old
 
 
-def clipped_gradient(model: Any, batches: Sequence[tuple[Rollouts, Tensor, Tensor]], config: Config, update: int) -> float:
-    """`rs_grpo.policy_gradient` with the clipped ratio, of (rollouts, advantages (P, N), log π_old (B, T)) each."""
-    mine = [rollouts.owner % config.updates == update for rollouts, *_ in batches]  # (B,) each
-    tokens = sum(rollouts.mask[rows].sum() for (rollouts, *_), rows in zip(batches, mine))
+def clipped_gradient(
+    model: Any, batches: Sequence[tuple[Rollouts, Tensor]], config: Config, old: Sequence[Tensor], update: int
+) -> float:
+    """`rs_grpo.policy_gradient` with the clipped ratio; `old` holds log π_old (B, T) of each batch."""
+    mine = [rollouts.owner % config.updates == update for rollouts, _ in batches]  # (B,) each
+    tokens = sum(rollouts.mask[rows].sum() for (rollouts, _), rows in zip(batches, mine))
     total = 0.0
-    for (rollouts, advantages, old), part in zip(batches, mine):
+    for (rollouts, advantages), before, part in zip(batches, old, mine):
         weights = merge_equal(rollouts, advantages) * part  # (B,)
         for rows in micro_batches(rollouts, weights, config.micro_tokens):
             some = take(rollouts, rows)
             logprobs = completion_logprobs(model, some, config.temperature)  # (B', T')
-            ratio = (logprobs - old[rows, : logprobs.shape[1]]).exp()
+            ratio = (logprobs - before[rows, : logprobs.shape[1]]).exp()
             clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
             weight = weights[rows, None]  # (B', 1): the same on every token
             loss = -(torch.minimum(ratio * weight, clipped * weight) * some.mask).sum() / tokens

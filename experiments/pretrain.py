@@ -143,7 +143,7 @@ def batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "countdown-base", help="folder to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "countdown-base", help="folder to write; rs_grpo.py reads its problems from countdown-base/ only (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of 256 examples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the examples and the first weights (default: %(default)s)")
     args = parser.parse_args()

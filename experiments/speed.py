@@ -68,7 +68,6 @@ def time_trl(steps: int, settings: dict) -> list[float]:
     def reward(prompts, completions, place, **kwargs):
         return task.rewards(completions, [answers[i] for i in place])
 
-    clock.ends = []
     quiet = io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(quiet), contextlib.redirect_stdout(quiet):
         trainer = GRPOTrainer(
