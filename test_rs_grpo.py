@@ -583,6 +583,25 @@ def test_log_probabilities_equal_those_of_one_plain_forward_pass(policy, tempera
             assert not row[~mask].any()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_padding_takes_no_position_in_a_model_with_absolute_ones(tiny, tmp_path, checkpointing):
+    """Rotary positions are relative and forgive a shift; GPT-2's are looked up in a table."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = load_policy(Config(model=str(tmp_path), device="cpu", checkpointing=checkpointing))
+    rollouts = draw(policy, temperature=1e-6)  # greedy
+    logprobs = completion_logprobs(policy.model, rollouts, 1.0).detach()
+    for row, mask, (prompt, completion) in zip(logprobs, rollouts.mask, unpadded(rollouts)):
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == completion
+        assert torch.allclose(row[mask], plain_logprobs(policy.model, prompt, completion, 1.0), atol=1e-4)
+
+
 def gradient(model) -> torch.Tensor:
     flat = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
