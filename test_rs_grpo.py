@@ -2339,6 +2339,13 @@ def test_the_beta_of_accuracy_falls_from_8_to_0():
     assert compare.beta_of_accuracy(torch.cat([group(0), group(4), group(16)])).flatten().tolist() == [8, 6, 0]
 
 
+def test_the_annealed_beta_falls_from_8_to_0_with_the_steps_that_the_runs_metrics_hold(tmp_path):
+    config = Config(out=str(tmp_path), steps=4)
+    for done, beta in enumerate((8, 6, 4, 2)):
+        (tmp_path / "metrics.jsonl").write_text("{}\n" * done)
+        assert compare.annealed_beta(config) == beta
+
+
 def test_partial_credit_is_1_for_the_target_and_less_the_farther_from_it():
     answers = [((4, 7, 9, 12), 48)] * 6
     completions = ["9*7-12-4", "4*12+9-7", "4*12-9+7", "4*12", "4*12+9-7-7", "48"]  # 47, 50, 46, and three that don't count
@@ -2379,6 +2386,10 @@ def test_the_interval_of_a_difference_resamples_problems_and_seeds():
     assert (mean[0], low[0], high[0]) == pytest.approx((25, 0, 50))  # one in 27 draws takes the same extreme seed thrice
     mean, (low, high) = report.Runs(some_results({"base": theirs, "grpo": theirs, "rs2": theirs}), METHODS).difference("rs2", "grpo")
     assert (mean == 0).all() and (low == 0).all() and (high == 0).all()
+    results = some_results({"base": theirs, "grpo": theirs, "rs2": theirs})
+    results["runs"]["rs2"] = {seed: results["runs"]["grpo"][seed] for seed in ("2", "1")}  # finished in another order, one missing
+    mean, bounds = report.Runs(results, METHODS).difference("rs2", "grpo")
+    assert (mean == 0).all() and (bounds == 0).all()  # seed by seed, not place by place
 
 
 def test_a_comparison_keeps_what_is_finished_and_draws_the_same_from_its_file_alone(tmp_path, monkeypatch, capsys):
