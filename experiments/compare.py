@@ -133,6 +133,9 @@ METHODS = {
 }
 
 
+SEEDS, SEEDS_ASIDE = 5, 3  # of the main methods, and of the side questions
+
+
 class Plan(NamedTuple):
     """What every run has in common; stored in results.json, and compared with it before going on."""
 
@@ -247,13 +250,13 @@ def start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_all(plan: Plan, path: Path, names: Sequence[str], seeds: Sequence[int], workers: int) -> None:
-    """Make every run that `path` doesn't hold yet, seed by seed, and add each to it as soon as it is finished.
+def run_all(plan: Plan, path: Path, runs: Sequence[tuple[str, int]], workers: int) -> None:
+    """Make every run (method, seed) that `path` doesn't hold yet, and add each to it as soon as it is finished.
 
     A run that fails doesn't stop the others; in the end BadInput names it.
     """
     finished, failed = read_results(path, plan)["runs"], []
-    todo = [(name, seed) for seed in seeds for name in names if str(seed) not in finished.get(name, {})]
+    todo = [(name, seed) for name, seed in runs if str(seed) not in finished.get(name, {})]
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
@@ -291,7 +294,7 @@ def run_all(plan: Plan, path: Path, names: Sequence[str], seeds: Sequence[int], 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", default=",".join(METHODS), help=f"methods to train, separated by commas: {', '.join(METHODS)}")
-    parser.add_argument("--seeds", default="0,1,2", help="separated by commas (default: %(default)s)")
+    parser.add_argument("--seeds", default="", help="separated by commas (default: 0,1,2,3,4, of the side questions 0,1,2)")
     parser.add_argument("--steps", type=int, default=Plan().steps, help="training steps of each run (default: %(default)s)")
     cuda = torch.cuda.is_available()
     parser.add_argument("--workers", type=int, default=8 if cuda else os.cpu_count(), help="runs at a time (default: %(default)s)")
@@ -300,10 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="train nothing, only draw and print what is there")
     parser.add_argument("--quick", action="store_true", help="2 steps each, into runs/compare-quick/: a smoke test, no evidence")
     args = parser.parse_args(arguments)
-    names, seeds = list(dict.fromkeys(["base", *args.only.split(",")])), list(dict.fromkeys(args.seeds.split(",")))
+    names, seeds = list(dict.fromkeys(["base", *args.only.split(",")])), args.seeds.split(",") if args.seeds else range(SEEDS)
     if unknown := set(names) - set(METHODS):
         parser.error(f"--only {', '.join(sorted(unknown))}: unknown, expected some of {', '.join(METHODS)}")
-    if not all(seed.isdecimal() for seed in seeds) or args.steps < 1 or args.workers < 1:
+    if not all(str(seed).isdecimal() for seed in seeds) or args.steps < 1 or args.workers < 1:
         parser.error("--seeds must be whole numbers separated by commas, --steps and --workers at least 1")
     plan = QUICK if args.quick else Plan(steps=args.steps)
     path = Path(args.results or (f"{plan.folder}/results.json" if args.quick else HERE / "results.json"))
@@ -311,9 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quick and not args.results and not args.report:
         shutil.rmtree(plan.folder, ignore_errors=True)
         seeds = seeds[:2]
+    runs = [(name, int(seed)) for seed in dict.fromkeys(seeds) for name in names]
+    if not args.seeds:
+        runs = [(name, seed) for name, seed in runs if METHODS[name].part == "main" or seed < SEEDS_ASIDE]
     try:
         if not args.report:
-            run_all(plan, path, names, [int(seed) for seed in seeds], args.workers)
+            run_all(plan, path, runs, args.workers)
         print(report(read_results(path, plan), METHODS, figures, quick=args.quick))
     except BadInput as error:
         parser.exit(2, f"compare.py: {error}\n")
