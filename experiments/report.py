@@ -156,11 +156,11 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def line(axes: Any, runs: Runs, name: str, x: Sequence[float], values: np.ndarray, **style: Any) -> None:
-    """Mean over seeds (S, X), with the range of the seeds as a band."""
+def line(axes: Any, runs: Runs, name: str, x: Sequence[float], values: np.ndarray, band: float = 0.15, **style: Any) -> None:
+    """Mean over seeds (S, X), with the range of the seeds as a band of that opacity."""
     color = COLORS[name]
     axes.plot(x, values.mean(0), color=color, label=runs.methods[name].label, **{"lw": 1.8, **style})
-    axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
+    axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=band, lw=0)
 
 
 def finish(axes: Any, **settings: Any) -> None:
@@ -214,8 +214,8 @@ def draw_methods(runs: Runs) -> Any:
     for name in (name for name in names if name != "base"):
         curve = runs.field(name, "curve", "step")[0]
         for axes, k in ((panels[0], "1"), (panels[1], "32")):
-            line(axes, runs, name, curve, runs.field(name, "curve", f"pass@{k}"), lw=1.5)
-        line(panels[2], runs, name, runs.field(name, "training", "step")[0], runs.field(name, "training", "entropy"), lw=1.5)
+            line(axes, runs, name, curve, runs.field(name, "curve", f"pass@{k}"), band=0.05)
+        line(panels[2], runs, name, runs.field(name, "training", "step")[0], runs.field(name, "training", "entropy"), band=0.05)
     middle = runs.ks.index(32) if 32 in runs.ks else -1
     for name in names:
         (x, y), (dx, dy) = mean_and_error(runs.pass_at_k[name].mean(1)[:, [0, middle]])
