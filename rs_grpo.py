@@ -13,7 +13,7 @@ and only one function changes, the advantage of sample i among the N samples of 
 them by a rule, take one on-policy gradient step. Left out, as the method needs none of them: a value network, a reward
 model, a KL penalty, a reference model. A first reader can stop after `train`.
 
-    python rs_grpo.py                         # train the embedded model on Countdown, pass@k before and after: 3 minutes
+    python rs_grpo.py                         # train the embedded model on Countdown, pass@k before and after: 2 minutes
     python rs_grpo.py --advantage grpo        # the same with GRPO
     python rs_grpo.py --resume                # go on where a killed run stopped, to the same numbers
     python rs_grpo.py --model Qwen/Qwen2.5-Math-1.5B --task math12k --eval-task math500 --lr 1e-6 --max-tokens 3000
