@@ -83,7 +83,7 @@ class Config:
 
     model: str = option(EMBEDDED, "folder or hub id of a causal language model")
     task: str = option("countdown", "countdown, countdown-text, gsm8k or another named set, or a .jsonl file")
-    eval_task: str = option("", "what to evaluate on, several separated by commas (default: a held-out tenth of --task)")
+    eval_task: str = option("", "what to evaluate on, several separated by commas (default: problems held out of --task)")
     instruction: str = option("", "what a model is told after each problem; compact Countdown has none (default: the task's own)")
     out: str = option("", "run folder to write (default: runs/<advantage>-seed<seed>, with beta where it counts)")
     seed: int = option(0, "of the order of the problems and of every sampled token")
@@ -169,7 +169,7 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     r = rewards.double()
     # Shifting by the reward with the largest weight keeps exp() ≤ 1, and makes a group of equal rewards exactly 0.
     r = r - torch.where(beta < 0, r.amin(1, keepdim=True), r.amax(1, keepdim=True))  # (P, N)
-    # expm1 = exp − 1 cancels in both terms of the fraction, so a tiny β loses no digits.
+    # With w = exp(βr) − 1, the fraction exp(βr)/mean − 1 is (w − mean(w)) / (1 + mean(w)): a tiny β loses no digits.
     weight = torch.expm1(beta * r)  # (P, N), in (−1, 0]
     mean = weight.mean(1, keepdim=True)  # (P, 1)
     advantages = torch.where(beta == 0, r - r.mean(1, keepdim=True), (weight - mean) / (1 + mean) / beta)
@@ -241,7 +241,8 @@ def pkpo_advantage(rewards: Tensor, k: int, leave_one_out: bool = False) -> Tens
         return r.new_tensor([float(math.comb(max(j - below, 0), others)) if others >= 0 else 0.0 for j in range(n)])
 
     # weight[i, j]: in how many subsets r_j counts for sample i. On the diagonal i is the best of its subset. Plain: some
-    # j > i is. Leave-one-out: some j < i is the second best, and is subtracted.
+    # j > i is. Leave-one-out: some j < i is the second best, and is subtracted. For N = 3, k = 2:
+    # [[0, 1, 1], [0, 1, 1], [0, 0, 2]] and, with leave-one-out, [[0, 0, 0], [-1, 1, 0], [-1, -1, 2]].
     best, other = subsets(0, k - 1), subsets(0 if leave_one_out else 1, k - 2).expand(n, n)  # (N,), (N, N)
     weight = torch.diag(best) + (-other.tril(-1) if leave_one_out else other.triu(1))  # (N, N)
     return torch.empty_like(r).scatter_(1, order, r @ weight.T / float(math.comb(n, k))).to(rewards.dtype)
@@ -433,9 +434,10 @@ def sample(
         if t + 1 == config.max_tokens or not unfinished.any():
             break
         going, row, token = going[unfinished], row[unfinished], token[unfinished]
-        fork, row = (row * logits.shape[1] + token).unique(return_inverse=True)  # (R',): one row per different text
+        # A row and the next token make one number: as many different ones, (R',), as there are different texts.
+        fork, row = (row * logits.shape[1] + token).unique(return_inverse=True)
         parent, token = fork // logits.shape[1], fork % logits.shape[1]
-        if len(parent) != len(mask) or (parent.diff() != 1).any():
+        if len(parent) != len(mask) or (parent.diff() != 1).any():  # unless every row goes on, once and in place
             cache.batch_select_indices(parent)
             mask = mask[parent]
         mask = F.pad(mask, (0, 1), value=1)
@@ -470,7 +472,7 @@ def completion_logprobs(model: Any, rollouts: Rollouts, temperature: float) -> T
         first, cache = prefill(model, rollouts.prompt_ids, rollouts.prompt_mask)  # (P, D)
         hidden = first.index_select(0, owner)[:, None]  # (B, 1, D)
         if ids.shape[1] > 1:
-            for layer in cache.layers:  # index_select: its backward pass adds up in a fixed order, that of [] doesn't
+            for layer in cache.layers:  # (P, …) to (B, …); the backward pass of [] wouldn't add up in a fixed order
                 layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
             hidden = torch.cat([hidden, hidden_states(model, ids[:, :-1], attended, cache)], 1)  # (B, T, D)
     assert hidden.shape[:2] == ids.shape  # hidden[:, t] is what the model knew when it drew ids[:, t]
@@ -503,7 +505,8 @@ def policy_gradient(model: Any, batches: Sequence[tuple[Rollouts, Tensor]], conf
 
     Groups without a signal have a gradient of exactly zero and are never run; equal completions of a prompt, frequent
     where a policy is peaked, earn the same and are run once, with the sum of their advantages. The divisor counts the
-    tokens of all completions, so that none of this, nor the cut into micro-batches, changes the gradient.
+    tokens of all completions (DAPO's mean over tokens, not GRPO's over completions first), so that none of this, nor the
+    cut into micro-batches, changes the gradient.
     """
     tokens, total = sum(rollouts.mask.sum() for rollouts, _ in batches), 0.0
     for rollouts, advantages in batches:
@@ -671,7 +674,7 @@ def train(config: Config, resume: bool = False, interrupted: Callable[[], bool] 
                 from experiments.ppo import clipped_gradients
 
                 gradients = clipped_gradients(policy, batches, config)
-            for gradient in gradients:
+            for gradient in gradients:  # on CUDA with matrix products in bfloat16, like the policy that sampled
                 with torch.autocast(policy.device.type, torch.bfloat16, enabled=policy.sampler is not policy.model):
                     loss = gradient(policy.model, batches, config)
                 grad_norms.append(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), MAX_GRAD_NORM).item())
@@ -764,6 +767,8 @@ def load_task(config: Config) -> Task:
 
 def load_policy(config: Config) -> Policy:
     """Load a model of the hub or of a folder, in float32 and evaluation mode. Raises BadInput if it can't be used."""
+    if config.model == EMBEDDED and config.task != "countdown":
+        raise BadInput(f"--task {config.task} is in words, which {EMBEDDED} can't read; name another model with --model")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.zeros(0, device=best if config.device == "auto" else config.device).device
@@ -779,7 +784,8 @@ def load_policy(config: Config) -> Policy:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()  # no dropout, ever
     except Exception as error:  # whatever a hub, a config or a damaged file may raise: it can't be loaded
-        reason = f"can't be loaded ({first_line(error)}); give a folder with a causal language model, or a hub id"
+        where = "can't be loaded" if os.path.exists(name) else "is no folder here and can't be had from the hub"
+        reason = f"{where} ({first_line(error)}); give a folder with a causal language model, or a hub id"
         raise BadInput(f"--model {config.model} {reason}") from error
     with torch.no_grad():
         ids = torch.tensor([[0, 1]], device=device)

@@ -258,6 +258,7 @@ def run_all(plan: Plan, path: Path, runs: Sequence[tuple[str, int]], workers: in
     finished, failed = read_results(path, plan)["runs"], []
     todo = [(name, seed) for name, seed in runs if str(seed) not in finished.get(name, {})]
     if not todo:
+        print(f"nothing to train: {path} holds every run that was asked for; --results another file to make them again\n")
         return
     context = multiprocessing.get_context("spawn")
     steps = {run: 1 if run[0] == "base" else plan.steps for run in todo}

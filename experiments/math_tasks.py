@@ -60,6 +60,8 @@ def load_problems(name: str, evaluating: bool) -> dict[str, str]:
         try:
             rows = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").split("\n") if line.strip()]
             json.dumps(rows, ensure_ascii=False).encode()  # half a character, \ud800, is JSON but no text
+        except FileNotFoundError as error:
+            raise ValueError(f"there is no task and no file {name}; give a .jsonl file or one of {', '.join(HUB)}") from error
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{name} can't be read as JSON lines ({_first_line(error)}); mend it or give another file") from error
     problems: dict[str, str] = {}
