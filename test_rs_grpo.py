@@ -930,7 +930,7 @@ def complaint(capsys, *flags) -> str:
         "--beta nan", "--beta inf", "--beta x", "--lr nan", "--lr inf", "--lr 0", "--lr -1e-4", "--temperature 0",
         "--temperature -1", "--temperature nan", "--advantage best", "--task chess", "--steps 1.5", "--seed -1",
         "--device tpu9", "--model ./nowhere", "--advantage chen --k 17", "--advantage pkpo_loo --k 1", "--no-such-flag 1",
-        "--resume", "--task=", "--eval-task countdown-text", "--seed 18446744073709551615", "--clip-low 1",
+        "--resume", "--task=", "--task countdown-text", "--eval-task countdown-text", "--seed 18446744073709551615", "--clip-low 1",
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_sentence_and_exit_status_2(capsys, tmp_path, flags):
@@ -2409,6 +2409,8 @@ def test_a_comparison_keeps_what_is_finished_and_draws_the_same_from_its_file_al
     assert set(drawn) == {"passk.png", "beta.png", "methods.png", "diversity.png"}
     compare.main([*flags, "--report"])
     assert capsys.readouterr().out == printed and all((figures / name).read_bytes() == old for name, old in drawn.items())
+    compare.main([*flags, "--only", "grpo", "--seeds", "0"])
+    assert capsys.readouterr().out.startswith("nothing to train")
     with pytest.raises(SystemExit, match="2"):
         compare.main(["--report", "--results", str(path)])
     assert "was made with" in capsys.readouterr().err
