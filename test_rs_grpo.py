@@ -1,4 +1,4 @@
-"""The specification of rs_grpo.py and bandit.py, as sentences: `pytest -v` prints it. Two and a half minutes on two CPU cores."""
+"""The specification of rs_grpo.py and bandit.py, as sentences: `pytest -v` prints it. Two minutes on two CPU cores."""
 
 from __future__ import annotations
 
