@@ -107,7 +107,7 @@ class Config:
     eval_every: int = option(0, "also evaluate every so many steps; 0 is only before and after")
     save_every: int = option(50, "steps between checkpoints: the most training that a kill can cost")
     micro_tokens: int = option(4096, "tokens in one forward and backward pass: sets memory and speed, not the gradient")
-    checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, but twice as slow or more")
+    checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time; no prompt is shared")
     precision: str = option("auto", "of sampling and of matrix products: float32, bfloat16, or auto (bfloat16 on CUDA)")
     device: str = option("auto", "auto (CUDA, else MPS, else CPU), or a torch device such as cpu or cuda:1")
 
@@ -120,7 +120,7 @@ class Config:
             value, kind = getattr(self, f.name), type(f.default)
             least = 0 if f.name in ("steps", "eval_samples", "eval_every", "seed", "dynamic_sampling") else 1
             expect(type(value) is kind or (kind is float and type(value) is int), f.name, f"of type {kind.__name__}")
-            expect(kind is not int or least <= value < 2**62, f.name, f"at least {least}")
+            expect(kind is not int or least <= value < 2**62, f.name, f"at least {least} and below 2^62")
             expect(kind is not float or math.isfinite(value), f.name, "a finite number")
             expect(f.name not in ("lr", "temperature", "clip_low", "clip_high") or value > 0, f.name, "above 0")
         expect(self.clip_low < 1, "clip_low", "below 1")
