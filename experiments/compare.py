@@ -151,7 +151,7 @@ class Plan(NamedTuple):
     folder: str = str(HERE.parent / "runs" / "compare")  # for runs under way; the only field that results.json doesn't hold
 
     def run_folder(self, name: str, seed: int) -> Path:
-        return Path(self.folder) / f"{name}-seed{seed}-of-{self.steps}-steps"
+        return Path(self.folder) / f"{name}-seed{seed}-of-{self.steps}-steps-lr-{self.lr:g}"
 
 
 QUICK = Plan(2, 5e-5, 4, 8, 16, 32, 32, 1, 1, str(HERE.parent / "runs" / "compare-quick"))
@@ -297,6 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(METHODS), help=f"methods to train, separated by commas: {', '.join(METHODS)}")
     parser.add_argument("--seeds", default="", help="separated by commas (default: 0,1,2,3,4, of the side questions 0,1,2)")
     parser.add_argument("--steps", type=int, default=Plan().steps, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=Plan().lr, help="learning rate of every run (default: %(default)s)")
+    parser.add_argument("--curve-every", type=int, default=Plan().curve_every, help="steps between points of the curves (default: %(default)s)")
     cuda = torch.cuda.is_available()
     parser.add_argument("--workers", type=int, default=8 if cuda else os.cpu_count(), help="runs at a time (default: %(default)s)")
     parser.add_argument("--results", default="", help="file to keep results in (default: experiments/results.json)")
@@ -309,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--only {', '.join(sorted(unknown))}: unknown, expected some of {', '.join(METHODS)}")
     if not all(str(seed).isdecimal() for seed in seeds) or args.steps < 1 or args.workers < 1:
         parser.error("--seeds must be whole numbers separated by commas, --steps and --workers at least 1")
-    plan = QUICK if args.quick else Plan(steps=args.steps)
+    plan = QUICK if args.quick else Plan(steps=args.steps, lr=args.lr, curve_every=args.curve_every)
     path = Path(args.results or (f"{plan.folder}/results.json" if args.quick else HERE / "results.json"))
     figures = Path(args.figures or (plan.folder if args.quick else HERE.parent / "figures"))
     if args.quick and not args.results and not args.report:
