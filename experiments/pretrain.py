@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import operator
 import random
+import re
 import string
 import sys
+import zlib
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -29,13 +31,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from experiments.more_tasks import is_held_out  # noqa: E402
+from rs_grpo import EXAMPLES  # noqa: E402
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}  # on integers and fractions: exact
 CHAIN_SHARE = 0.9
 BATCH = 256
 LEARNING_RATE = 3e-3
-PROBLEMS = (("train.txt", 20_000, False), ("held-out.txt", 2_000, True))  # file, how many, from which side
+PROBLEMS = (  # file, how many numbers, how many problems, from which side
+    ("train.txt", 4, 20_000, False),
+    ("held-out.txt", 4, 2_000, True),
+    ("train-3.txt", 3, 4_000, False),
+    ("held-out-3.txt", 3, 500, True),
+)
 
 
 def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, int | Fraction | None]:
@@ -67,14 +74,24 @@ def prompt_of(numbers: Iterable[int], value: int | Fraction | None) -> str:
     return f"{','.join(map(str, sorted(numbers)))}={int(value)}:"
 
 
-def problems(count: int, held_out: bool) -> list[str]:
-    """The prompts of `count` different problems of the training side or of the held-out one."""
-    rng = random.Random(f"countdown, held out: {held_out}")
+def is_held_out(text: str) -> bool:
+    """Whether a problem belongs to the held-out tenth: decided by a hash of what it asks, so never by luck."""
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
+def problems(size: int, count: int, held_out: bool) -> list[str]:
+    """The prompts of `count` different problems of `size` numbers, of the training side or of the held-out one.
+
+    Without the worked examples that rs_grpo.py shows to a pretrained model.
+    """
+    rng = random.Random(f"countdown, held out: {held_out}" if size == 4 else f"countdown of {size}, held out: {held_out}")
+    shown = [re.findall("[0-9]+", line)[:4] for line in EXAMPLES.splitlines()]  # three numbers and the target
+    shown = {prompt_of(map(int, numbers), int(target)) for *numbers, target in shown}
     prompts: dict[str, None] = {}
     while len(prompts) < count:
-        numbers = [rng.randint(1, 13) for _ in range(4)]
+        numbers = [rng.randint(1, 13) for _ in range(size)]
         prompt = prompt_of(numbers, random_expression(numbers, rng)[1])
-        if prompt and is_held_out(prompt) == held_out:
+        if prompt and is_held_out(prompt) == held_out and prompt not in shown:
             prompts[prompt] = None
     return list(prompts)
 
@@ -168,8 +185,8 @@ def main() -> None:
 
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    for name, count, held_out in PROBLEMS:
-        (args.out / name).write_text("".join(f"{prompt}\n" for prompt in problems(count, held_out)))
+    for name, size, count, held_out in PROBLEMS:
+        (args.out / name).write_text("".join(f"{prompt}\n" for prompt in problems(size, count, held_out)))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
 
 
