@@ -38,7 +38,7 @@ CHAIN_SHARE = 0.9
 BATCH = 256
 LEARNING_RATE = 3e-3
 PROBLEMS = (  # file, how many numbers, how many problems, from which side
-    ("train.txt", 4, 20_000, False),
+    ("train.txt", 4, 10_000, False),
     ("held-out.txt", 4, 2_000, True),
     ("train-3.txt", 3, 4_000, False),
     ("held-out-3.txt", 3, 500, True),
