@@ -12,7 +12,7 @@ is β in `risk_sensitive_advantage`, the function that `rs_grpo.py` trains langu
 Each prints a table and draws a picture into figures/: bandit.png, lemmas.png or advantages.png.
 
 Legend: K arms, B values of β, S seeds, R = B·S runs side by side, N pulls in an update (the group),
-T updates; `logits` θ and the policy π = softmax(θ); `rewards` r; `arms` those pulled; a* the best arm;
+T updates; `logits` θ and the policy π = softmax(θ); `rewards` r; `arms` those pulled; a* the best;
 P random policies.
 """
 
@@ -77,7 +77,7 @@ def run(betas: list[float], seeds: int, steps: int, lr: float, batch: int, seed:
 
 
 def updates_until_escape(curve: Tensor) -> Tensor:
-    """Updates until the expected reward reaches 0.8, infinite if it never does: (T+1, S) to (S,)."""
+    """Updates until the expected reward reaches 0.8, else infinite: (T+1, S) to (S,)."""
     reached = curve >= ESCAPED
     return torch.where(reached.any(0), reached.int().argmax(0).double(), math.inf)
 
@@ -207,8 +207,8 @@ def show_advantages(args: argparse.Namespace) -> plt.Figure:
     """Figure 2: the advantage over continuous rewards, and over a prompt's accuracy p.
 
     The risk-sensitive advantage depends on p alone, so large groups give smooth curves. An
-    estimator of pass@4 depends on N too: with fewer than 4 wrong samples of 16, any 4 of them hold a correct
-    one, so no sample makes a difference.
+    estimator of pass@4 depends on N too: with fewer than 4 wrong samples of 16, any 4 of them hold
+    a correct one, so no sample makes a difference.
     """
     figure, ((continuous, correct), (wrong, whole)) = plt.subplots(2, 2, figsize=(12, 9))
     evenly = torch.linspace(0, 1, 101, dtype=torch.float64)

@@ -2,13 +2,16 @@
 
     python experiments/pretrain.py                    # some four minutes on two CPU cores
 
-A Llama of 0.87 M parameters reads `4,7,9,12=48:` and writes an expression. Nine in ten of the expressions it learns
-from are additive chains (`9+12-4-7`), one in ten is a random tree over + - * / (`(7+9)/4*12`); reinforcement learning
-and evaluation draw their problems from the trees alone. So the policy nearly always tries a chain, which cannot solve
-half of them: the exploration dilemma that the risk-sensitive objective is made for.
+A Llama of 0.87 M parameters reads `4,7,9,12=48:` and writes an expression. Nine in ten of those it
+learns from are additive chains (`9+12-4-7`), one in ten is a random tree over + - * / (such as
+`(7+9)/4*12`); reinforcement learning and evaluation draw their problems from the trees alone. So
+the policy nearly always tries a chain, which cannot solve half of them: the exploration dilemma
+that the risk-sensitive objective is made for.
 
-No problem of the held-out tenth (`is_held_out`) is ever seen here. The problems to train and to be judged on, prompts of
-random trees on either side of that line, are written beside the model: train.txt and held-out.txt.
+No problem of the held-out tenth (`is_held_out`) is ever seen here. The problems to train and to be
+judged on, prompts of random trees on either side of that line, are written beside the model: of
+four numbers train.txt and held-out.txt; of three, with whole intermediate results, train-3.txt and
+held-out-3.txt, for a pretrained model and `rs_grpo.py --task countdown-text`.
 """
 
 from __future__ import annotations
@@ -33,7 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from rs_grpo import EXAMPLES  # noqa: E402
 
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}  # on integers and fractions: exact
+OPERATORS = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": Fraction,
+}  # on integers and fractions: exact
 CHAIN_SHARE = 0.9
 BATCH = 256
 LEARNING_RATE = 3e-3
@@ -45,12 +53,14 @@ PROBLEMS = (  # file, how many numbers, how many problems, from which side
 )
 
 
-def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, int | Fraction | None]:
-    """A random binary tree over `numbers` and + - * /, with the fewest brackets that it needs: its text and its exact value.
+def random_expression(
+    numbers: Iterable[int], rng: random.Random, whole: bool = False
+) -> tuple[str, int | Fraction | None]:
+    """A random binary tree over `numbers` and + - * /, with the fewest brackets: text, exact value.
 
-    The value is None where it divides by zero.
+    The value is None where it divides by zero or, if all has to be `whole`, where a result isn't.
     """
-    trees = [(str(n), n, 3) for n in numbers]  # (text, value, how tightly its outermost operator binds)
+    trees = [(str(n), n, 3) for n in numbers]  # text, value, how tightly its last operator binds
     while len(trees) > 1:
         left, left_value, left_binds = trees.pop(rng.randrange(len(trees)))
         right, right_value, right_binds = trees.pop(rng.randrange(len(trees)))
@@ -59,6 +69,8 @@ def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, 
         if symbol == "/" and right_value == 0:
             return "", None
         value = OPERATORS[symbol](left_value, right_value)
+        if whole and value != int(value):
+            return "", None
         if left_binds < binds:
             left = f"({left})"
         if right_binds < binds or (right_binds == binds and symbol in "-/"):
@@ -68,30 +80,32 @@ def random_expression(numbers: Iterable[int], rng: random.Random) -> tuple[str, 
 
 
 def prompt_of(numbers: Iterable[int], value: int | Fraction | None) -> str:
-    """The prompt of reaching `value` with `numbers`, such as `4,7,9,12=48:`, or "" unless it is a whole number from 1 to 99."""
+    """`4,7,9,12=48:` for reaching 48 with these, or "" unless it is a whole number from 1 to 99."""
     if value is None or value != int(value) or not 1 <= value <= 99:
         return ""
     return f"{','.join(map(str, sorted(numbers)))}={int(value)}:"
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a problem belongs to the held-out tenth: decided by a hash of what it asks, so never by luck."""
+    """Whether a problem belongs to the held-out tenth, as a hash of its text decides, not luck."""
     return zlib.crc32(text.encode()) % 10 == 0
 
 
-def problems(size: int, count: int, held_out: bool) -> list[str]:
-    """The prompts of `count` different problems of `size` numbers, of the training side or of the held-out one.
+def worked_examples() -> set[str]:
+    """The prompts of the problems whose solutions rs_grpo.py shows to a pretrained model."""
+    parsed = [re.findall("[0-9]+", line)[:4] for line in EXAMPLES.splitlines()]  # the target last
+    return {prompt_of(map(int, numbers), int(target)) for *numbers, target in parsed}
 
-    Without the worked examples that rs_grpo.py shows to a pretrained model.
-    """
-    rng = random.Random(f"countdown, held out: {held_out}" if size == 4 else f"countdown of {size}, held out: {held_out}")
-    shown = [re.findall("[0-9]+", line)[:4] for line in EXAMPLES.splitlines()]  # three numbers and the target
-    shown = {prompt_of(map(int, numbers), int(target)) for *numbers, target in shown}
+
+def problems(size: int, count: int, held_out: bool) -> list[str]:
+    """The prompts of `count` different problems of `size` numbers, held out or to train on."""
+    of_size = "" if size == 4 else f" of {size}"
+    rng = random.Random(f"countdown{of_size}, held out: {held_out}")
     prompts: dict[str, None] = {}
     while len(prompts) < count:
         numbers = [rng.randint(1, 13) for _ in range(size)]
-        prompt = prompt_of(numbers, random_expression(numbers, rng)[1])
-        if prompt and is_held_out(prompt) == held_out and prompt not in shown:
+        prompt = prompt_of(numbers, random_expression(numbers, rng, whole=size == 3)[1])
+        if prompt and is_held_out(prompt) == held_out and prompt not in worked_examples():
             prompts[prompt] = None
     return list(prompts)
 
@@ -99,7 +113,8 @@ def problems(size: int, count: int, held_out: bool) -> list[str]:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; `<pad>` fills up and `<eos>` ends a completion."""
     symbols = ["<pad>", "<eos>", "<unk>", *string.digits, *"+-*/()", ",", "=", ":"]
-    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="<unk>"))
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -114,7 +129,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Width 128, 4 layers, 4 narrow heads (decoding on a CPU mostly moves the cache about), random weights."""
+    """Random weights: width 128, 4 layers of 4 narrow heads, as on a CPU the cache costs most."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -138,7 +153,8 @@ def example(rng: random.Random) -> tuple[str, str]:
         if rng.random() < CHAIN_SHARE:
             signs = [1] + [rng.choice((1, -1)) for _ in numbers[1:]]
             value = sum(sign * n for sign, n in zip(signs, numbers))
-            text = "".join(("+" if sign > 0 else "-") + str(n) for sign, n in zip(signs, numbers))[1:]
+            terms = [("+" if sign > 0 else "-") + str(n) for sign, n in zip(signs, numbers)]
+            text = "".join(terms).removeprefix("+")
         else:
             text, value = random_expression(numbers, rng)
         prompt = prompt_of(numbers, value)
@@ -146,8 +162,10 @@ def example(rng: random.Random) -> tuple[str, str]:
             return prompt, text
 
 
-def batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, L), padded on the right, and labels (B, L): −100 on the prompt and the padding."""
+def batch(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, L), padded on the right, and labels (B, L), −100 on prompt and padding."""
     rows, labels = [], []
     for prompt, text in (example(rng) for _ in range(BATCH)):
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -155,22 +173,30 @@ def batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[torch
         rows.append(torch.tensor(prompt_ids + answer_ids))
         labels.append(torch.tensor([-100] * len(prompt_ids) + answer_ids))
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id), pad(labels, batch_first=True, padding_value=-100)
+    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return ids, pad(labels, batch_first=True, padding_value=-100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "countdown-base", help="folder to write; rs_grpo.py reads its problems from countdown-base/ only (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of 256 examples (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the examples and the first weights (default: %(default)s)")
+    options = {
+        "out": (ROOT / "countdown-base", "folder to write; rs_grpo.py reads countdown-base/ only"),
+        "steps": (600, "optimizer steps of 256 examples"),
+        "seed": (0, "of the examples and of the first weights"),
+    }
+    for name, (default, text) in options.items():
+        kind = {"type": Path if name == "out" else int, "default": default}
+        parser.add_argument(f"--{name}", help=f"{text} (default: %(default)s)", **kind)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=args.steps, pct_start=0.1)
+    settings = {"lr": LEARNING_RATE, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = one_cycle(optimizer, LEARNING_RATE, total_steps=args.steps, pct_start=0.1)
 
     progress = trange(args.steps, desc="pre-training", unit="step")
     for _ in progress:
@@ -186,7 +212,8 @@ def main() -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     for name, size, count, held_out in PROBLEMS:
-        (args.out / name).write_text("".join(f"{prompt}\n" for prompt in problems(size, count, held_out)))
+        lines = [f"{prompt}\n" for prompt in problems(size, count, held_out)]
+        (args.out / name).write_text("".join(lines))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
 
 
