@@ -7,29 +7,30 @@ RS-GRPO maximises another objective. For a prompt x, completions y ~ π(·|x) an
     J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the best of all samples for β → ∞
 
 Its gradient takes two lines. The first is the chain rule, with ∇E[f(y)] = E[f(y) ∇log π(y|x)], the
-identity behind every policy gradient. The second takes 1/β from the factor of every sample: a
+identity behind every policy gradient. The second subtracts 1/β from the factor of every sample: a
 constant is a baseline, which changes nothing in expectation, since E[∇log π] = 0.
 
     ∇J_β = (1/β) ∇E[exp(βr)] / E[exp(βr)] = E[ (1/β) exp(βr)/E[exp(βr)] · ∇log π ]
          = E[ A ∇log π ]   with the advantage   A = (1/β) (exp(βr)/E[exp(βr)] − 1)
 
-The N samples of a prompt, its group, estimate A: that is `risk_sensitive_advantage`, and the one
-function that changes. All else is GRPO at its plainest: sample N completions of each prompt, judge
-them by a rule, take one on-policy gradient step; no value network, reward model, KL penalty or
-reference model, as the method needs none. What comes of it, in percent of 256 held-out problems (five
-seeds of 800 steps, experiments/compare.py; pass@k: one of k samples is right):
+The N samples of a prompt, its group, estimate A, with their means for E: that is the one function
+that changes, `risk_sensitive_advantage`. All else is GRPO at its plainest: 1. take P prompts, 2.
+sample N completions of each, 3. judge them by a rule, 4. turn rewards into advantages, 5. take one
+on-policy gradient step. The method needs no value network, reward model, KL penalty or reference
+model. What comes of it, in percent of 256 held-out problems (800 steps, five seeds, from
+experiments/compare.py; pass@k: the chance that one of k samples is right):
 
                                 pass@1   pass@32   pass@256
     the model before training     19.0      47.3       66.1
     trained with GRPO             28.3      46.7       56.6
     trained with β = 2            27.3      59.1       66.0
 
-    python rs_grpo.py                     # train the embedded model on Countdown, pass@k before, after
+    python rs_grpo.py                     # train the embedded model on Countdown, before and after
     python rs_grpo.py --advantage grpo    # the same with GRPO
     python rs_grpo.py --model HuggingFaceTB/SmolLM2-360M-Instruct --task countdown-text --lr 1e-5
 
-Legend: P prompts a step, N samples of each, B = P·N completions, some of them B'; R rows of a batch;
-L tokens of a prompt, T of a completion; D width of the model, V size of its vocabulary.
+Legend: P prompts a step, N samples of each, B = P·N completions, some of them B'; R rows of a
+batch; L tokens of a prompt, T of a completion; D the model's width, V its vocabulary.
 """
 
 import argparse
@@ -53,48 +54,46 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm, trange
 
 
 # --- Advantages: the one function that changes, and its rivals ------------------------------------
-def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
+def risk_sensitive_advantage(rewards, beta):
     """Prefer what lifts (1/β) log E[exp(βr)] over what lifts the mean (Theorem 1 of the paper).
 
         Â_i = (1/β) ( exp(βr_i) / mean_j exp(βr_j) − 1 )
 
     Of 16 samples, the advantage of a correct / of a wrong one, if c are correct:
-
                    c = 1          c = 4          c = 8         c = 15
         β = 0   .938/−.063     .750/−.250     .500/−.500     .063/−.938
         β = 2   2.140/−.143    .922/−.307     .381/−.381     .029/−.428
         β = 8   1.865/−.124    .374/−.125     .125/−.125     .008/−.125
 
-    Read along the rows: the larger β, the more of the gradient goes to prompts that are hardly ever
-    solved (c = 1). Down a column says little: 1.865 is less than 2.140, but 15 times what β = 8 gives
-    to a correct sample at c = 8, where β = 2 has 6 times.
+    A correct sample at c = 1 weighs 2 times as much as one at c = 8 with β = 0, 6 times with β = 2,
+    and 15 times with β = 8: the larger β, the more of the gradient goes to prompts that are hardly
+    ever solved, where pass@k has most to gain. Each β has its own scale: columns don't compare.
 
-    rewards: (P, N), a group a row, binary or continuous. beta: finite, one number or (P, 1); below 0
-    it averts risk. Returns (P, N) in the dtype of `rewards`, float32 for integers. A row sums to
-    zero, and is exactly 0 where its rewards are equal. Raises ValueError for any other input.
+    rewards: (P, N), binary or continuous. beta: a number or (P, 1), below 0 averse to risk. Returns
+    (P, N) in the dtype of `rewards`, float32 for integers. A row sums to zero, and is exactly 0
+    where its rewards are equal. Raises ValueError for other shapes, infinity and nan.
     """
     beta = torch.as_tensor(beta).to("cpu", torch.float64)
-    if rewards.dim() != 2 or not beta.isfinite().all():
-        raise ValueError(f"rewards must be (P, N) and beta finite; got {rewards.shape} and {beta}")
     r = rewards.to("cpu", torch.float64)  # not every device has float64
+    if r.dim() != 2 or beta.numel() not in (1, len(r)) or not (beta * r).isfinite().all():
+        raise ValueError(f"rewards must be (P, N), beta a number, not {rewards.shape} and {beta}")
     r = r - r.amax(1, keepdim=True)  # a constant cancels, and equal rewards are exactly 0
-    weight = (beta * r - (beta * r).amax(1, keepdim=True)).exp()  # exp(βr), up to what cancels
-    advantages = (weight / weight.mean(1, keepdim=True) - 1) / beta  # (P, N)
+    weight = (beta * r - (beta * r).amax(1, keepdim=True)).exp()  # exp(βr), the largest scaled to 1
+    advantages = (weight / weight.mean(1, keepdim=True) - 1) / beta  # (P, N); 0/0 where β = 0
     advantages = torch.where(beta.abs() < 1e-8, r - r.mean(1, keepdim=True), advantages)  # β → 0
     return advantages.to(rewards if rewards.is_floating_point() else rewards.float())
 
 
-def mean_baseline_advantage(rewards: Tensor) -> Tensor:
-    """Â_i = r_i − mean(r): what lifts the mean reward, the limit β → 0 (Dr. GRPO, arXiv 2503.20783)."""
+def mean_baseline_advantage(rewards):
+    """Â_i = r_i − mean(r): for the mean reward, the limit β → 0 (Dr. GRPO, arXiv 2503.20783)."""
     return risk_sensitive_advantage(rewards, 0.0)
 
 
-def grpo_advantage(rewards: Tensor) -> Tensor:
+def grpo_advantage(rewards):
     """Â_i = (r_i − mean(r)) / (std(r) + 1e-6), with the population's std (GRPO, arXiv 2402.03300).
     It gives hard and easy prompts the same weight: 3.873/−.258 at c = 1, and .258/−3.873 at c = 15.
     """
@@ -102,14 +101,14 @@ def grpo_advantage(rewards: Tensor) -> Tensor:
     return advantages / (advantages.std(1, keepdim=True, correction=0) + 1e-6)
 
 
-ADVANTAGES = {  # add your own: rewards (P, N) to advantages (P, N)
+ADVANTAGES = {  # add your own: from rewards (P, N) and a Config to advantages (P, N)
     "rs": lambda rewards, config: risk_sensitive_advantage(rewards, config.beta),
     "mean": lambda rewards, config: mean_baseline_advantage(rewards),
     "grpo": lambda rewards, config: grpo_advantage(rewards),
 }
 
 
-# --- The task: Countdown, with a reward that a rule computes ----------------------------------------
+# --- The task: Countdown, with a reward that a rule computes --------------------------------------
 EMBEDDED = Path(__file__).resolve().parent / "countdown-base"  # the model beside this file
 OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: Fraction}
 EXAMPLES = """Numbers: 2, 3, 5. Target: 11. Answer: 2 * 3 + 5
@@ -121,25 +120,25 @@ class Task(NamedTuple):
     train: list[tuple[str, Any]]  # problems: the prompt, and what the rule needs to know
     held_out: list[tuple[str, Any]]
     reward: Any  # the rule: (completion, what it needs to know) to a number; 1 is solved
-    examples: str = ""  # lines to read before each prompt; then a line break ends a completion
+    examples: str = ""  # read before each prompt; then a line break ends a completion
     max_tokens: int = 20  # of a completion
 
 
 def countdown(config, in_words=False):
-    """The Task of making a target from four numbers, each used once: `4,7,9,12=48:`;
-    or `in_words` from three, in a line after two worked examples, for any pretrained model.
-    """
+    """The Task of reaching a target with four numbers, `4,7,9,12=48:`, or `in_words` with three."""
 
-    def problem(line):
-        *numbers, target = map(int, re.findall("[0-9]+", line))
-        words = f"Numbers: {', '.join(map(str, numbers))}. Target: {target}. Answer:"
-        return words if in_words else line, (numbers, target)
+    def read(name):
+        problems = []
+        for line in (EMBEDDED / name).read_text().split():
+            *numbers, target = map(int, re.findall("[0-9]+", line))
+            words = f"Numbers: {', '.join(map(str, numbers))}. Target: {target}. Answer:"
+            problems.append((words if in_words else line, (numbers, target)))
+        return problems
 
-    suffix, *extras = ("-3", EXAMPLES, 14) if in_words else ("",)
-    parts = ("train", "held-out")
-    lines = [(EMBEDDED / f"{part}{suffix}.txt").read_text().split() for part in parts]
-    train, held_out = list(map(problem, lines[0])), list(map(problem, lines[1]))
-    return Task(train, held_out[: config.eval_problems], countdown_reward, *extras)
+    if in_words:
+        held_out = read("held-out-3.txt")[: config.eval_problems]
+        return Task(read("train-3.txt"), held_out, countdown_reward, EXAMPLES, 14)
+    return Task(read("train.txt"), read("held-out.txt")[: config.eval_problems], countdown_reward)
 
 
 TASKS = {"countdown": countdown, "countdown-text": lambda config: countdown(config, True)}
@@ -147,9 +146,8 @@ TASKS = {"countdown": countdown, "countdown-text": lambda config: countdown(conf
 
 def countdown_reward(completion, answer):
     """1.0 if its first line uses each number exactly once and equals the target, else 0.0.
-    A completion is hostile input: it is parsed, but never evaluated. Its length is bounded, and with
-    it nesting and the size of numbers; arithmetic is exact; whatever isn't a number, a bracket or one
-    of four operators (a sign, `**`, `//`, a second answer) is no answer.
+    A completion is hostile input: parsed, bounded in length, and so in nesting and in the size of
+    numbers, but never evaluated. A sign, `**`, `//` or a comma makes it wrong; arithmetic is exact.
     """
     numbers, target = answer
     line = completion.partition("\n")[0].strip()
@@ -174,19 +172,17 @@ class Policy(NamedTuple):  # a causal language model, with what sampling and lea
     model: Any  # float32 weights
     tokenizer: Any
     eos_ids: set[int]  # tokens that say nothing but that the completion is over
-    stop_ids: Tensor  # tokens that end a completion: these and, after worked examples, line breaks
-    autocast: Any  # a context with the precision of sampling and of learning; it keeps cast weights
+    stop_ids: torch.Tensor  # tokens that end a completion: these and, after examples, line breaks
+    autocast: Any  # opens the context in which products have the precision that --precision names
 
 
 @torch.no_grad()
 def sample(policy, prompts, samples, config, generator):
-    """Draw completions of P prompts from softmax(logits / temperature), so many samples of each.
+    """Draw `samples` completions of each of P prompts from softmax(logits / temperature).
     All are tuples of token ids. Returns B completions, those of a prompt (its group) together, each
-    with the token that ended it; and the policy's entropy in nats a token, estimated without bias
-    as the mean of −log π over the drawn tokens.
-    The model computes R rows at a time: at first a prompt for all its samples, later what some of
-    them have in common so far. (A first reader may skip `share_rows`: with a row for each sample all
-    would be the same, only slower.)
+    with the token that ended it, if one did; and the policy's entropy in nats a token, without bias
+    the mean of −log π over the drawn tokens. The model computes one row for all samples that are
+    equal so far, R in all. (Skip `share_rows` at first: a row for each would do, only slower.)
     """
     hidden, mask, cache = prefill(policy, prompts)  # (R, D), (R, tokens so far)
     completions = [()] * (len(prompts) * samples)
@@ -205,7 +201,7 @@ def sample(policy, prompts, samples, config, generator):
             break
         going, row, token = going[unfinished], row[unfinished], token[unfinished]
         parent, token, row = share_rows(row, token)  # (R,), (R,), (B',)
-        select(cache, parent)
+        select_rows(cache, parent)
         mask = F.pad(mask[parent], (0, 1), value=True)
         hidden = hidden_states(policy, token[:, None], mask, cache)[:, 0]  # (R, D)
     return completions, float(surprise) / sum(map(len, completions))
@@ -219,8 +215,8 @@ def share_rows(row, token):
     Returns the old row that each new one continues, its token, and the new row of each sample.
     """
     many = token.max() + 1
-    text, row = (row * many + token).unique(return_inverse=True)  # a number for row and token
-    return text // many, text % many, row
+    pair, row = (row * many + token).unique(return_inverse=True)  # one number for row and token
+    return pair // many, pair % many, row
 
 
 def prefill(policy, prompts):
@@ -233,18 +229,19 @@ def prefill(policy, prompts):
 
 
 def hidden_states(policy, ids, mask, cache):
-    """Final hidden states (B, T, D) of token ids (B, T), which follow the cache and are added to it.
-    The mask, (B, tokens in the cache + T), is False on padding, which takes no position.
+    """Final hidden states (R, S, D) of token ids (R, S), which follow the cache and join it.
+    The mask, (R, tokens in the cache + S), is False on padding, which takes no position.
     """
     model = policy.model.base_model
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (B, T)
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return model(ids, attention_mask=mask, position_ids=positions, **{name: cache})[0]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # (R, S)
+    names = inspect.signature(model.forward).parameters  # transformers 5.24 renamed one
+    past = {"cache" if "cache" in names else "past_key_values": cache}
+    return model(ids, attention_mask=mask, position_ids=positions, **past)[0]
 
 
-def select(cache, rows):
+def select_rows(cache, rows):
     """Let the cache hold these of its rows, in this order, each as often as it is named."""
-    for layer in cache.layers:  # layer.keys[rows] would add up gradients in any order
+    for layer in cache.layers:  # by [rows] gradients would add up in any order
         layer.keys = layer.keys.index_select(0, rows)
         layer.values = layer.values.index_select(0, rows)
 
@@ -255,7 +252,7 @@ def scaled_logits(policy, hidden, temperature):
 
 
 def pad(policy, rows, side):
-    """Tuples of token ids as a matrix, and a mask that is True on them, not on padding of that side."""
+    """Tuples of token ids as a matrix, padded on that side, and a mask that is True on them."""
     rows = [torch.tensor(row) for row in rows]
     ids = torch.nn.utils.rnn.pad_sequence(rows, True, -1, side).to(policy.model.device)
     return ids.clamp(min=0), ids >= 0  # any id will do for padding: the mask hides it
@@ -268,14 +265,14 @@ def policy_gradient(policy, rollouts, advantages, config):
         loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)
 
     Its value says nothing about progress; its gradient is the policy gradient. PPO's ratio π/π_old
-    is missing because the policy that sampled is the one that learns: the ratio is 1, up to rounding
-    (in float16 by some .004 a token), and ratio·Â and Â·log π then have the same gradient. The
-    divisor counts the tokens of all completions (DAPO, arXiv 2503.14476), learned from or not; it
-    comes last, in float32, because the gradient of a mean is too small for float16.
+    is missing because the policy that sampled is the one that learns: the ratio is 1, and ratio·Â
+    and Â·log π then have the same gradient (up to rounding, of some .004 a token in float16). The
+    divisor counts all completion tokens, also where Â = 0 (DAPO, arXiv 2503.14476), so that each
+    weighs the same; it comes last, in float32, as the gradient of a mean underflows in float16.
     """
     for prompts, completions, weights in micro_batches(rollouts, advantages, config.micro_tokens):
         logprobs = completion_logprobs(policy, prompts, completions, config.temperature)  # (B', T)
-        weights = torch.tensor(weights, device=logprobs.device)  # (B',)
+        weights = torch.tensor(weights, device=logprobs.device)  # (B',), Â; of equal ones the sum
         loss = -(weights[:, None] * logprobs).sum()  # the same weight on every token
         loss.backward()
     tokens = sum(map(len, rollouts.completions))
@@ -295,16 +292,16 @@ def completion_logprobs(policy, prompts, completions, temperature):
     owner = torch.tensor([different.index(prompt) for prompt in prompts], device=ids.device)  # (B,)
     hidden = last.index_select(0, owner)[:, None]  # (B, 1, D): predicts the first token
     if ids.shape[1] > 1:
-        select(cache, owner)  # (P, …) to (B, …)
+        select_rows(cache, owner)  # (P, …) to (B, …)
         attended = torch.cat([prompt_mask[owner], mask[:, :-1]], 1)  # (B, L+T−1)
         later = hidden_states(policy, ids[:, :-1], attended, cache)  # token t predicts token t + 1
         hidden = torch.cat([hidden, later], 1)
-    assert hidden.shape[:2] == ids.shape  # hidden[:, t] is what the model knew at ids[:, t]
+    assert hidden.shape[:2] == ids.shape  # hidden[:, t] predicts ids[:, t]
     logprobs = token_logprobs(policy, hidden[mask], ids[mask], temperature)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logprobs)
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
+def pass_at_k(n, c, k):
     """Chance that k of n samples, c of them correct, hold a correct one: 1 − C(n−c,k)/C(n,k).
     Unbiased (arXiv 2107.03374), and exact up to one rounding. Raises ValueError for other counts.
     """
@@ -314,15 +311,16 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def evaluate(policy, task, config):
-    """Sample n = `eval_samples` completions of each held-out problem, with the same random numbers.
-    Returns n; how many completions of each problem are correct, and how many distinct ones of these
-    there are; and pass@k in percent, by k as text.
+    """Sample n = `eval_samples` completions of each held-out problem, with the same random numbers
+    each time: n, how many are correct, how many distinct ones of these, pass@k in percent by k.
     """
     n, correct, distinct = config.eval_samples, [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
     at_once = max(1, config.eval_rows // n)  # problems
     for start in trange(0, len(task.held_out), at_once, desc="evaluating", leave=False):
         rollouts = roll_out(policy, task, task.held_out[start:][:at_once], n, config, generator)
+        if ctrl_c:
+            raise KeyboardInterrupt
         right, texts = rollouts.rewards >= 1, np.reshape(rollouts.texts, (-1, n))  # (P', n)
         correct += right.sum(1).tolist()
         distinct += [len(set(row[mask])) for row, mask in zip(texts, right.numpy())]
@@ -337,7 +335,7 @@ class Config:  # each setting is a flag of the command line, and its comment is 
     advantage: str = "rs"  # rs, mean or grpo
     beta: float = 2.0  # risk sensitivity of rs: 0 is the mean; the paper advises 2
     samples: int = 16  # completions of a prompt, its group; the paper has 16
-    model: str = EMBEDDED.name  # folder or hub id of a causal language model
+    model: str = EMBEDDED.name  # the embedded one, or folder or hub id of a causal language model
     task: str = "countdown"  # countdown, or countdown-text for a pretrained model
     steps: int = 500  # training steps; 0 only evaluates
     lr: float = 1e-4  # AdamW's learning rate; a pretrained model wants 1e-5 to 1e-6
@@ -346,14 +344,14 @@ class Config:  # each setting is a flag of the command line, and its comment is 
     temperature: float = 1.0  # of sampling and, so that the loss fits, of learning too
     seed: int = 0  # of the order of the problems and of every sampled token
     eval_problems: int = 128  # at most so many held-out problems to evaluate on
-    eval_samples: int = 256  # completions of each, so the largest k
+    eval_samples: int = 256  # completions of each, and so the limit of k
     eval_every: int = 10**9  # evaluate every so many steps, and before and after
     out: str = ""  # run folder; if empty, runs/ADVANTAGE-seedN, with beta where it counts
     save_every: int = 50  # steps between checkpoints: the most that a kill can cost
     eval_rows: int = 256  # completions sampled at once in an evaluation: memory
     micro_tokens: int = 4096  # tokens learned from at once: memory, but not the gradient
     device: str = "auto"  # auto (CUDA, else MPS, else CPU), or a device such as cpu or cuda:1
-    precision: str = "auto"  # float16, float32, auto, bfloat16 (1.3 to 1.6 x as fast on some CPUs)
+    precision: str = "auto"  # or float32, float16, bfloat16 (1.3 to 1.6 x as fast on some CPUs)
 
     @property
     def run_folder(self):
@@ -367,19 +365,19 @@ class Rollouts(NamedTuple):  # N completions of each of P problems, and what the
     entropy: float  # of the policy, estimated on them, in nats a token
     questions: list[str]  # P of them: the prompts as text, without the worked examples
     texts: list[str]  # B of them: the completions as text
-    rewards: Tensor  # (P, N)
+    rewards: torch.Tensor  # (P, N)
 
 
 def collect(policy, task, config, state, generator):
-    """Steps 1 to 4 of the algorithm: rollouts and their advantages (P, N)."""
-    # 1. Take P problems of the training set: each at most once an epoch, in an order set by the seed.
+    """Steps 1 to 4: Rollouts and their advantages (P, N). state.step: steps done so far."""
+    # 1. Take P problems, each at most once an epoch, in an order set by the seed.
     epoch, turn = divmod(state.step, max(1, len(task.train) // config.prompts))
     order = np.random.default_rng([config.seed, epoch]).permutation(len(task.train))
     indices = order[turn * config.prompts :][: config.prompts]
-    # 2. Sample N completions of each from the policy, and 3. judge each of them by the rule.
+    # 2. Sample N completions of each from the policy, and 3. judge them by the rule.
     problems = [task.train[i] for i in indices]
     rollouts = roll_out(policy, task, problems, config.samples, config, generator)
-    state.solved[indices[rollouts.rewards.amax(1) >= 1]] = True
+    state.solved[indices[rollouts.rewards.amax(1) >= 1]] = True  # by one sample at least
     # 4. Turn rewards into advantages, group by group.
     return rollouts, ADVANTAGES[config.advantage](rollouts.rewards, config)
 
@@ -399,10 +397,10 @@ def roll_out(policy, task, problems, n, config, generator):
 
 
 def update(policy, optimizer, rollouts, advantages, config, step):
-    """Step 5: one step up the policy gradient, unless it isn't finite. Returns the gradient's norm."""
+    """Step 5: one step up the policy gradient, if it is finite. Returns the gradient's norm."""
     with policy.autocast():
         policy_gradient(policy, rollouts, advantages, config)
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()  # clipped there
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()  # clips to 1
     if math.isfinite(norm):
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / 10)  # a warmup
         optimizer.step()
@@ -411,10 +409,9 @@ def update(policy, optimizer, rollouts, advantages, config, step):
 
 
 def train(config, resume=False):
-    """Train a policy, and measure its pass@k before and after; all goes into `config.run_folder`.
-    With `resume`, goes on from the folder's checkpoint. Returns what eval.json holds: by step, as
-    text, what `evaluate` returns. Raises BadInput, if updates keep failing too, and on Ctrl-C
-    KeyboardInterrupt after the step is done and saved.
+    """Train a policy and measure its pass@k; all goes into `config.run_folder`, or resumes from it.
+    Returns what eval.json holds: by step, as text, what `evaluate` returned. Raises BadInput, also
+    if updates keep failing, and on Ctrl-C, once the step is done and saved, KeyboardInterrupt.
     """
     check_config(config)
     task = TASKS[config.task](config)
@@ -422,8 +419,8 @@ def train(config, resume=False):
     policy = load_policy(config, task)
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0, fused=True)
     generator = torch.Generator(policy.model.device).manual_seed(config.seed)  # draws every token
-    solved = torch.zeros(len(task.train), dtype=torch.bool)  # training problems, at least once
-    state = SimpleNamespace(step=0, failed=0, solved=solved, results={})  # results: by step
+    solved = torch.zeros(len(task.train), dtype=torch.bool)
+    state = SimpleNamespace(step=0, failed=0, solved=solved, results={})  # by step, as text
     run = (config.run_folder, policy.model, optimizer, generator, state)
     with open_run_folder(config, resume) as metrics_file:
         if resume:
@@ -431,9 +428,9 @@ def train(config, resume=False):
         bar = tqdm(desc="training", total=config.steps, initial=state.step, unit="step")
         while True:
             ended = state.step >= config.steps
-            measured = str(state.step) in state.results  # before the run was stopped
+            measured = str(state.step) in state.results  # before it was resumed
             if (ended or state.step % config.eval_every == 0) and not measured:
-                save_checkpoint(*run)
+                save_checkpoint(*run)  # an evaluation takes long
                 state.results[str(state.step)] = evaluate(policy, task, config)
                 save_checkpoint(*run)
             if ended:
@@ -454,19 +451,18 @@ def train(config, resume=False):
 
 # A first reader can stop here: the algorithm is complete. What follows surrounds it.
 def micro_batches(rollouts, advantages, micro_tokens):
-    """Cut a batch into prompts, completions and weights, of `micro_tokens` padded tokens at most.
-    Equal completions of a prompt, frequent where a policy is peaked, have equal gradients: one is run
-    for all, with the sum of their advantages as its weight. A weight of 0 isn't run.
+    """Cut a batch into prompts, completions and weights, of about `micro_tokens` padded tokens.
+    Equal completions of a prompt, frequent where a policy is peaked, have equal gradients: one is
+    run for all, with the sum of their advantages as its weight. A weight of 0 isn't run.
     """
     weights, longest = {}, {}
     for i, advantage in enumerate(advantages.flatten().tolist()):
-        prompt = rollouts.prompts[i // advantages.shape[1]]
-        row = prompt, rollouts.completions[i]
-        weights[row] = weights.get(row, 0) + advantage
-        longest[prompt] = max(longest.get(prompt, 0), len(row[1]))
-    rows = [(len(row[0]) + longest[row[0]], *row, weights[row]) for row in weights if weights[row]]
+        key = rollouts.prompts[i // advantages.shape[1]], rollouts.completions[i]
+        weights[key] = weights.get(key, 0) + advantage
+        longest[key[0]] = max(longest.get(key[0], 0), len(key[1]))
+    rows = [(len(key[0]) + longest[key[0]], *key, weights[key]) for key in weights if weights[key]]
     parts = [[]]
-    for width, *row in sorted(rows):  # groups of like length together, each in one piece
+    for width, *row in sorted(rows):  # group by group, those of like length together
         if parts[-1] and width * (len(parts[-1]) + 1) > micro_tokens:
             parts.append([])
         parts[-1].append(row)
@@ -478,14 +474,14 @@ def token_logprobs(policy, hidden, ids, temperature):
     Logits, the largest tensor by far, are there for a few tokens at a time, and computed twice.
     """
 
-    def some(hidden, ids):
+    def chunk(hidden, ids):
         return -F.cross_entropy(scaled_logits(policy, hidden, temperature), ids, reduction="none")
 
     at_once = 2**28 if ids.is_cuda else 2**25  # logits: 1 GiB, or 128 MiB
     rows = max(1, at_once // policy.model.get_output_embeddings().weight.shape[0])
     parts = zip(hidden.split(rows), ids.split(rows))
     return torch.cat(
-        [torch.utils.checkpoint.checkpoint(some, *part, use_reentrant=False) for part in parts]
+        [torch.utils.checkpoint.checkpoint(chunk, *part, use_reentrant=False) for part in parts]
     )
 
 
@@ -497,10 +493,10 @@ def load_policy(config, task):
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     utils.logging.disable_progress_bar()
-    # cuDNN's attention gave NaN gradients on H100s (pytorch issue 196678), and plans every new shape.
+    # cuDNN's attention gave NaN gradients on H100s (pytorch issue 196678), and slow new shapes.
     torch.backends.cuda.enable_cudnn_sdp(False)
     name = EMBEDDED if config.model == EMBEDDED.name else os.path.expanduser(config.model)
-    try:
+    try:  # what is asserted here is reported as BadInput, too
         assert name != EMBEDDED or not task.examples, "it can't read words"
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(best if config.device == "auto" else config.device)
@@ -514,7 +510,7 @@ def load_policy(config, task):
         policy = Policy(model, tokenizer, eos_ids, stop_ids, None)
         prompt = tokenizer([task.examples + task.train[0][0]]).input_ids
         hidden, mask, cache = prefill(policy, prompt)
-        select(cache, mask[:, 0] * 0)  # raises an error if some layer has no keys
+        select_rows(cache, mask[:, 0] * 0)  # row 0; an error if some layer has no keys
         logits = model(torch.tensor(prompt, device=device)).logits[:, -1]
         plain = torch.allclose(logits, scaled_logits(policy, hidden, 1), atol=1e-4)
         assert plain, "it changes its logits after the output layer"
@@ -525,19 +521,19 @@ def load_policy(config, task):
             f"--model {config.model} can't be used on --device {config.device} ({error!r:.200})"
         )
         raise BadInput(f"{reason}; give a plain transformer, and a device that is here") from error
-    dtype = getattr(torch, config.precision, torch.float32)
+    dtype = getattr(torch, config.precision, torch.float32)  # which auto is, too, to begin with
     if config.precision == "auto" and device.type == "cuda":
         with torch.autocast("cuda", torch.float16):
             finite = scaled_logits(policy, prefill(policy, prompt)[0], 1).isfinite().all()
         dtype = torch.float16 if finite else torch.bfloat16
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     print(f"{device} ({card}), {dtype}, {config.model} of {model.num_parameters():,} parameters")
-    low = dtype != torch.float32
-    return policy._replace(autocast=lambda: torch.autocast(device.type, dtype, enabled=low))
+    kind = device.type, dtype, dtype != torch.float32
+    return policy._replace(autocast=lambda: torch.autocast(*kind))
 
 
 def open_run_folder(config, resume):
-    """Open metrics.jsonl in the run's folder, and lock it until it is closed. Raises BadInput."""
+    """Write config.json; open metrics.jsonl, locked until it is closed. Raises BadInput."""
     folder = config.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     if not resume and any(path.suffix != ".tmp" for path in folder.iterdir()):
@@ -574,14 +570,15 @@ def load_checkpoint(folder, model, optimizer, generator, state):
         generator.set_state(saved["generator"])
         vars(state).update(saved["state"])
     except Exception as error:  # zip, pickle, a missing key, a shape: it is no checkpoint
-        reason = f"{folder} can't be resumed on this device ({error!r:.200})"
-        raise BadInput(f"{reason}; start again with another --out") from error
+        raise BadInput(
+            f"{folder} can't be resumed ({error!r:.200}); choose another --out"
+        ) from error
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)  # one a step
     os.truncate(folder / "metrics.jsonl", len("".join(lines[: state.step])))
 
 
 def report(metrics_file, bar, rollouts, advantages, norm, state, started):
-    """A line of metrics.jsonl, the progress bar, completions to read. Raises BadInput if updates fail.
+    """A line of metrics.jsonl, the bar, samples to read. Raises BadInput if updates keep failing.
     signal: share of groups learned from. solve_rate: share of training problems ever solved.
     """
     state.failed = 0 if math.isfinite(norm) else state.failed + 1
@@ -605,10 +602,10 @@ def report(metrics_file, bar, rollouts, advantages, norm, state, started):
 
 
 def show(results, path):
-    """Print and draw pass@k of base and trained; print the different right answers of a problem."""
+    """Print and draw pass@k of base and trained; print how many different right answers."""
     from matplotlib.figure import Figure  # no pyplot: no display is needed
 
-    base, *_, trained = [results[step] for step in sorted(results, key=int)] * 2
+    base, *_, trained = [results[step] for step in sorted(results, key=int)] * 2  # one may be both
     print(f"{len(base['correct'])} held-out problems, {base['n']} samples each, percent")
     print(f"{'base':>20}{'trained':>10}")
     for k, percent in base["pass_at_k"].items():
@@ -640,7 +637,9 @@ def check_config(config):
         value, least = getattr(config, f.name), 0 if f.default else -1
         least = {"samples": 1, "steps": -1, "beta": -1e9}.get(f.name, least)
         if type(f.default) in (int, float) and not least < value < 2**62:
-            raise BadInput(f"--{f.name.replace('_', '-')} is {value}, but must be above {least}")
+            raise BadInput(
+                f"--{f.name.replace('_', '-')} is {value}, but must be above {least} and finite"
+            )
 
 
 PHASES = {  # by function: what runs out of memory, and what makes it smaller
@@ -654,7 +653,8 @@ ctrl_c = []  # filled when it is pressed
 
 def note_ctrl_c(number, frame):
     """Stop after this step; pressed again, at once."""
-    ctrl_c.append(signal.signal(number, signal.default_int_handler))
+    signal.signal(number, signal.default_int_handler)
+    ctrl_c.append(number)
     os.write(2, b"\nsaving after this step; Ctrl-C again breaks off at once\n")
 
 
@@ -677,8 +677,8 @@ def main(arguments=None, config_class=Config):
         if resume:
             stored = json.loads((folder / "config.json").read_text())
             for flag in given.keys() - {"out", "steps"}:
-                if given[flag] != stored[flag]:
-                    raise BadInput(f"--{flag} was {stored[flag]} in {folder}; leave it out")
+                if given[flag] != stored.get(flag):
+                    raise BadInput(f"--{flag} was {stored.get(flag)} in {folder}; leave it out")
             given = stored | given | {"out": str(folder)}
         ctrl_c.clear()
         signal.signal(signal.SIGINT, note_ctrl_c)
@@ -688,10 +688,10 @@ def main(arguments=None, config_class=Config):
     except (BadInput, OSError, json.JSONDecodeError) as error:
         parser.exit(2, f"{name}: {error}\n")
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{error!r}".lower():
+        if not re.search("(of|enough|ate) memory|MemoryError", repr(error)):
             raise
         functions = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-        phase = next(PHASES[function] for function in functions if function in PHASES)
+        phase = next((PHASES[name] for name in functions if name in PHASES), "saving")
         parser.exit(1, f"{name}: out of memory while {phase}\n")
     print(f"everything is in {folder}/, the trained model in its folder model/")
 
