@@ -80,7 +80,7 @@ def risk_sensitive_advantage(rewards, beta):
     beta = torch.as_tensor(beta).to("cpu", torch.float64)
     r = rewards.to("cpu", torch.float64)  # not every device has float64
     if r.dim() != 2 or beta.numel() not in (1, len(r)) or not (beta * r).isfinite().all():
-        raise ValueError(f"rewards must be (P, N), beta a number, not {rewards.shape} and {beta}")
+        raise ValueError(f"rewards must be (P, N), beta a number, all finite: {rewards}, {beta}")
     r = r - r.amax(1, keepdim=True)  # a constant cancels, and equal rewards are exactly 0
     weight = (beta * r - (beta * r).amax(1, keepdim=True)).exp()  # exp(βr), the largest scaled to 1
     advantages = (weight / weight.mean(1, keepdim=True) - 1) / beta  # (P, N); 0/0 where β = 0
@@ -495,14 +495,13 @@ def load_policy(config, task):
     utils.logging.disable_progress_bar()
     # cuDNN's attention gave NaN gradients on H100s (pytorch issue 196678), and slow new shapes.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    name = EMBEDDED if config.model == EMBEDDED.name else os.path.expanduser(config.model)
+    name = EMBEDDED if config.model == EMBEDDED.name else config.model
     try:  # what is asserted here is reported as BadInput, too
         assert name != EMBEDDED or not task.examples, "it can't read words"
         best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.device(best if config.device == "auto" else config.device)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        model = model.to(device).eval()  # no dropout, ever
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
         eos_ids = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)} - {None}
         vocabulary = enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
         breaks = {i for i, text in vocabulary if task.examples and "\n" in text}
@@ -661,7 +660,7 @@ def note_ctrl_c(number, frame):
 def main(arguments=None, config_class=Config):
     """The command line: a flag for every field of `config_class`, and --resume."""
     script = sys.modules[config_class.__module__]
-    name, source = Path(script.__file__).name, map(inspect.getsource, config_class.__mro__[:-1])
+    name, source = Path(script.__file__).name, map(inspect.getsource, config_class.__mro__[-2::-1])
     helps = dict(re.findall(r"(\w+): \w+ = .*  # (.*)", "".join(source)))
     parser = argparse.ArgumentParser(name, description=script.__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"{name}: {message}; see --help\n")
@@ -672,8 +671,9 @@ def main(arguments=None, config_class=Config):
     numbers = "on a CPU to the same numbers, on CUDA from the same state but not to the same bits"
     parser.add_argument("--resume", action="store_true", help=f"go on with --out, {numbers}")
     given = vars(parser.parse_args(arguments))
-    resume, folder = given.pop("resume"), config_class(**given).run_folder
+    resume = given.pop("resume")
     try:
+        folder = config_class(**given).run_folder
         if resume:
             stored = json.loads((folder / "config.json").read_text())
             for flag in given.keys() - {"out", "steps"}:

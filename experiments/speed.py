@@ -5,10 +5,10 @@
     python experiments/speed.py --model FOLDER --task countdown-text --prompts 32 --device cuda
 
 The two alternate, round by round, so that a noisy machine slows both, each timed in a process of
-its own: in one that has run TRL before, our steps take a sixth longer. Ours is timed as it is, and once
-more with every group computed (TRL computes those without a signal too, although their gradient is
-zero). TRL generates with transformers, as it does by default. The last lines compare our arithmetic
-with what the machine's matrix product can do.
+its own: in one that has run TRL before, our steps take a sixth longer. Ours is timed as it is, and
+once more with every group computed (TRL computes those without a signal too, although their
+gradient is zero). TRL generates with transformers, as it does by default. The last lines compare
+our arithmetic with what the machine's matrix product can do.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def time_trl(steps, settings):
 
 
 def matmul_rate(rows, width, device):
-    """Operations a second of a (rows, width) by (width, width) product: float16 on CUDA, else 32."""
+    """Operations a second of a (rows, width) by (width, width) product, in float16 on CUDA."""
     kind = {"device": device, "dtype": torch.float16 if device == "cuda" else torch.float32}
     a, b = torch.randn(rows, width, **kind), torch.randn(width, width, **kind)
     repeats, start = 0, 0.0

@@ -1,32 +1,29 @@
-"""RS-GRPO on verl: `risk_sensitive_advantage` as the advantage estimator rs_grpo, for many GPUs and nodes.
+"""RS-GRPO on verl: `risk_sensitive_advantage` as the estimator rs_grpo, for many GPUs and nodes.
 
-verl imports what VERL_USE_EXTERNAL_MODULES names wherever it is imported itself, so nothing of verl is edited:
+verl imports what VERL_USE_EXTERNAL_MODULES names wherever it is imported itself, so nothing of verl
+is edited:
 
     export PYTHONPATH=$PWD/experiments VERL_USE_EXTERNAL_MODULES=verl_rs_grpo
     python -m verl.trainer.main_ppo algorithm.adv_estimator=rs_grpo +algorithm.rs_beta=2 \\
         actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-1.5B actor_rollout_ref.actor.optim.lr=1e-6 \\
         data.train_files=train.parquet data.val_files=test.parquet data.train_batch_size=128 \\
-        data.max_prompt_length=1024 data.max_response_length=2048 data.filter_overlong_prompts=True \\
-        actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=16 \\
-        actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True actor_rollout_ref.actor.use_dynamic_bsz=True \\
+        data.max_prompt_length=1024 data.max_response_length=2048 \\
+        data.filter_overlong_prompts=True actor_rollout_ref.rollout.name=vllm \\
+        actor_rollout_ref.rollout.n=16 actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True \\
+        actor_rollout_ref.actor.use_dynamic_bsz=True \\
         actor_rollout_ref.actor.ppo_mini_batch_size=128 trainer.n_gpus_per_node=8 trainer.nnodes=1
 
-The plus is needed because verl's configuration has no rs_beta of its own; left out, β is 2. The .parquet files are what
-verl's examples/data_preprocess writes. On several nodes, export both variables before each node's `ray start`.
-Written against verl 0.9.1.
+The plus is needed because verl's configuration has no rs_beta of its own; left out, β is 2. The
+.parquet files are what verl's examples/data_preprocess writes. On several nodes, export both
+variables before each node's `ray start`. Written against verl 0.9.1.
 """
-
-from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,14 +31,12 @@ from rs_grpo import risk_sensitive_advantage  # noqa: E402
 
 
 @register_adv_est("rs_grpo")
-def rs_grpo_advantage(
-    token_level_rewards: Tensor, response_mask: Tensor, index: Sequence, config: Any = None, **unused: Any
-) -> tuple[Tensor, Tensor]:
-    """verl's convention: rewards of every token, (B, T), in; (advantages, returns), both (B, T), out.
+def rs_grpo_advantage(token_level_rewards, response_mask, index, config=None, **unused):
+    """verl's convention: rewards of tokens, (B, T), in; (advantages, returns), both (B, T), out.
 
-    The reward of a completion is the sum over its tokens; response_mask, (B, T), is 1 on them. index, (B,), names the
-    prompt that a row belongs to: groups come in any order and of any size. config is verl's `algorithm` section.
-    Raises ValueError for a β that isn't finite.
+    The reward of a completion is the sum over its tokens; response_mask, (B, T), is 1 on them.
+    index, (B,), names the prompt of a row: groups come in any order and of any size. config is
+    verl's `algorithm` section. Raises ValueError for a β that isn't finite.
     """
     beta = 2.0 if config is None else float(config.get("rs_beta", 2.0))
     rewards = token_level_rewards.sum(1)  # (B,)
