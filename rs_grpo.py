@@ -77,9 +77,9 @@ def risk_sensitive_advantage(rewards, beta):
     (P, N) in the dtype of `rewards`, float32 for integers. A row sums to zero, and is exactly 0
     where its rewards are equal. Raises ValueError for other shapes, infinity and nan.
     """
-    beta = torch.as_tensor(beta).to("cpu", torch.float64)
+    beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
     r = rewards.to("cpu", torch.float64)  # not every device has float64
-    if r.dim() != 2 or beta.numel() not in (1, len(r)) or not (beta * r).isfinite().all():
+    if r.dim() != 2 or beta.shape[-1:].numel() != 1 or not (beta * r).isfinite().all():
         raise ValueError(f"rewards must be (P, N), beta a number, all finite: {rewards}, {beta}")
     r = r - r.amax(1, keepdim=True)  # a constant cancels, and equal rewards are exactly 0
     weight = (beta * r - (beta * r).amax(1, keepdim=True)).exp()  # exp(βr), the largest scaled to 1

@@ -117,8 +117,7 @@ def test_theorem_1_is_the_gradient_of_the_objective():
     probs, outcomes = counts / 200, torch.repeat_interleave(torch.arange(5), counts)
     for beta in (-4.0, 0.5, 2.0, 8.0):
         theta = probs.double().log().requires_grad_()
-        objective = (theta.softmax(0) * (beta * rewards).exp()).sum().log() / beta
-        objective.backward()
+        ((theta.softmax(0) * (beta * rewards).exp()).sum().log() / beta).backward()
         advantages = risk_sensitive_advantage(rewards[outcomes][None], beta)[0]  # (200,)
         grad_log_pi = torch.eye(5, dtype=torch.float64)[outcomes] - probs  # (200, 5)
         assert torch.allclose((advantages[:, None] * grad_log_pi).mean(0), theta.grad, atol=1e-8)
@@ -225,9 +224,10 @@ def test_a_hostile_completion_earns_nothing_raises_nothing_and_costs_nothing():
             assert rs_grpo.countdown_reward(text, ANSWER) == 0.0, text[:50]
             seconds.append(time.perf_counter() - started)
         assert min(seconds) < 5e-3, text[:50]
-    for zeros, reward in ((49, 1.0), (50, 0.0)):  # 99 and 101 characters
-        text, numbers = "4" + "+0" * zeros, (4,) + (0,) * zeros
-        assert rs_grpo.countdown_reward(text, (numbers, 4)) == reward
+    sums = ("4" + "+0" * 49, 4, 1), ("4" + "+0" * 50, 4, 0)  # of 99 and of 101 characters
+    for text, target, reward in (*sums, ("2**3", 8, 0), ("9//4", 2, 0), ("-2+3", 1, 0)):
+        numbers = re.findall("[0-9]+", text)
+        assert rs_grpo.countdown_reward(text, (numbers, target)) == reward
 
 
 @parametrize("name, size, counts", [("", 4, (10_000, 2_000)), ("-text", 3, (4_000, 500))])
@@ -340,7 +340,6 @@ def test_a_completion_ends_with_its_first_eos_or_in_words_with_its_first_line_br
     assert policy.eos_ids == {eos} and set(policy.stop_ids.tolist()) == stops
     assert all(not stops & set(row[:-1]) for row in rows)
     assert {row[-1] for row in rows if len(row) < 12} == stops  # which belong to it
-    assert 10 < sum(row[-1] in stops for row in rows) < len(rows)
 
 
 @each_kind
@@ -394,9 +393,9 @@ MIXED = torch.tensor([[1.0, 0, 0, 1, 0, 0, 0, 0], [0] * 8, [0, 0, 0, 0, 0, 1, 0,
 def spy(monkeypatch):
     """At each call of a function, or at one as in "sample 2", note its arguments or raise."""
 
-    def watch(moment, note):
+    def watch(moment, note, module=rs_grpo):
         name, _, call = moment.partition(" ")
-        original, count = getattr(rs_grpo, name), itertools.count(1)
+        original, count = getattr(module, name), itertools.count(1)
 
         def function(*args):
             if not call or next(count) == int(call):
@@ -405,7 +404,7 @@ def spy(monkeypatch):
                 note(*args)
             return original(*args)
 
-        monkeypatch.setattr(rs_grpo, name, function)
+        monkeypatch.setattr(module, name, function)
 
     return watch
 
@@ -450,13 +449,12 @@ def test_the_gradient_is_that_of_a_plain_loss_however_the_batch_is_cut(policy, m
     assert_plain_gradient(policy, rollouts, advantages, 0.7)
 
 
-@parametrize("prompts", [PROMPTS[:1], PROMPTS[1:2], PROMPTS])
-def test_the_gradient_is_the_same_bit_for_bit_on_several_threads(prompts):
-    policy, gradients = load("countdown-base")[0], []
-    rollouts = draw(policy, 300, max_tokens=2, prompts=prompts, temperature=3.0)
-    advantages = torch.randn(len(prompts), 300, generator=torch.Generator().manual_seed(0))
+def test_the_gradient_is_the_same_bit_for_bit_on_several_threads(policy):
+    rollouts = draw(policy, 1000, max_tokens=3, prompts=PROMPTS[:1], temperature=3.0)
+    advantages = torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
     torch.set_num_threads(2)
-    for _ in range(6):
+    gradients = []
+    for _ in range(5):
         rs_grpo.policy_gradient(policy, rollouts, advantages, Config(micro_tokens=10**9))
         gradients.append(gradient(policy))
     torch.set_num_threads(1)
@@ -504,7 +502,7 @@ def test_a_step_is_clipped_to_norm_1_and_warmed_up_over_ten_steps(policy, step, 
 STEP_OF_A_LARGE_VOCABULARY = """
 import torch, rs_grpo
 from transformers import LlamaConfig, LlamaForCausalLM
-P, N, T, V = 4, 5, 26, 150_000
+P, N, T, V = 2, 10, 52, 150_000
 sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=V, tie_word_embeddings=True, **sizes)).eval()
 policy = rs_grpo.Policy(model, None, set(), None, None)
@@ -531,11 +529,11 @@ def python(*arguments):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is there only")
 def test_with_a_vocabulary_of_150_000_the_gradient_is_right_but_all_logits_are_never_there():
-    """All are 4·20·26·150,000 bytes = 312 MB, and three times that with softmax and gradient."""
+    """All are 4·20·52·150,000 bytes = 624 MB, and three times that with softmax and gradient."""
     done = python("-c", STEP_OF_A_LARGE_VOCABULARY)
     assert done.returncode == 0, done.stderr
     memory, error = map(float, done.stdout.split())
-    assert 128e6 < memory < 5 * 135e6 < 2.5 * 312e6 and error < 1e-4
+    assert 128e6 < memory < 600e6 and error < 1e-4
 
 
 # --- Precision, and where tensors lie -------------------------------------------------------------
@@ -558,7 +556,6 @@ def test_sampler_and_learner_agree_in_every_precision_and_so_do_gradients(precis
         logprobs = step.float().log_softmax(-1)[range(len(going)), drawn]
         gaps.append((logprobs - learned[going, t]).abs())
     assert gap / 20 < torch.cat(gaps).mean() < gap and torch.cat(gaps).max() < 50 * gap
-
     advantages = torch.randn(60, 1, generator=generator)
     long = rollouts._replace(  # one without a signal, for which the mean of all tokens is tiny
         prompts=[*rollouts.prompts, ()], completions=[*rollouts.completions, range(10**8)]
@@ -612,14 +609,13 @@ class Elsewhere(torch.Tensor):
 class OtherDevice(TorchDispatchMode):
     """While it is there, `device="meta"` means the device of `Elsewhere`."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, patch):
         super().__init__()
         tensor, generator = torch.tensor, torch.Generator  # which wouldn't ask the mode
         moved = lambda data, dtype=None, device="cpu": tensor(data, dtype=dtype).to(device)  # noqa: E731
-        monkeypatch.setattr(torch, "tensor", moved)
-        monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
-        name = "get_overwrite_module_params_on_conversion"
-        monkeypatch.setattr(torch.__future__, name, lambda: True)
+        patch.setattr(torch, "tensor", moved)
+        patch.setattr(torch, "Generator", lambda device="cpu": generator())
+        patch.setattr("torch.__future__.get_overwrite_module_params_on_conversion", lambda: True)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return Elsewhere.__torch_dispatch__(func, types, args, kwargs)
@@ -643,8 +639,7 @@ def test_nothing_mixes_devices_in_sampling_learning_and_evaluating(tiny, monkeyp
         policy.model._apply(Elsewhere)
         assert policy.model.device.type == "meta"
         there = results(policy, *rest)
-    assert there[:2] == here[:2] and there[2:] == pytest.approx(here[2:], rel=1e-4)
-    assert here[2] > 0
+    assert there[:2] == here[:2] and there[2:] == pytest.approx(here[2:], rel=1e-4) != (0, 0)
 
 
 def test_the_emulated_device_notices_what_mixes(monkeypatch):
@@ -680,7 +675,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success_and_exact_for_a_thousa
 
 
 def test_an_evaluation_counts_right_and_different_answers_of_every_problem(policy, monkeypatch):
-    """Of 4 samples, 3 or 1 or 0 are right: pass@2 is 1, or 1 − C(3,2)/C(4,2) = 1/2, or 0."""
+    """Of 4, 3 or 1 or 0 are right: pass@1 is 3/4, 1/4, 0; pass@2 1, 1 − C(3,2)/C(4,2) = 1/2, 0."""
     answers = iter(["7+1", "7+1", "1+7", "("] + [")", "8", ")", ")"] + ["1"] * 4)
 
     def draws(policy, prompts, samples, config, generator):
@@ -692,15 +687,13 @@ def test_an_evaluation_counts_right_and_different_answers_of_every_problem(polic
     result = rs_grpo.evaluate(policy, task, Config(eval_samples=4, eval_rows=8))
     assert result["n"] == 4 and next(answers, None) is None
     assert result["correct"] == [3, 1, 0] and result["distinct"] == [2, 1, 0]
-    expected = {"1": 100 * (3 / 4 + 1 / 4) / 3, "2": 100 * 1.5 / 3, "4": 100 * 2 / 3}
-    assert result["pass_at_k"] == pytest.approx(expected)
+    assert result["pass_at_k"] == pytest.approx({"1": 100 / 3, "2": 50, "4": 200 / 3})
 
 
 def test_the_embedded_model_is_peaked_and_judged_on_the_same_random_numbers_again():
     policy, task, config = load("countdown-base", eval_problems=32, eval_samples=32)
     base = rs_grpo.evaluate(policy, task, replace(config, max_tokens=20))
     assert 8 < base["pass_at_k"]["1"] < 30 < base["pass_at_k"]["32"] < 75
-    assert all((d > 0) == (c > 0) and d <= c for c, d in zip(base["correct"], base["distinct"]))
     few = task._replace(held_out=task.held_out[:4])
     results = [rs_grpo.evaluate(policy, few, replace(config, seed=seed)) for seed in (0, 0, 1)]
     assert results[0] == results[1] != results[2]
@@ -736,10 +729,8 @@ def flags(config):
 
 
 def metrics(folder):
-    """The finished lines of metrics.jsonl, without times."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of metrics.jsonl, without times."""
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").open())
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
@@ -780,15 +771,15 @@ def test_a_run_leaves_a_folder_that_holds_everything_and_loads_in_transformers(w
     assert all(list(line) == keys.split() for line in lines)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert json.loads((whole / "config.json").read_text()) == asdict(settings_of(tiny, whole))
-    tokenizer = AutoTokenizer.from_pretrained(whole / "model")
-    assert tokenizer("1+1").input_ids == load(tiny)[0].tokenizer("1+1").input_ids
+    assert AutoTokenizer.from_pretrained(whole / "model")("1+1") == load(tiny)[0].tokenizer("1+1")
     base = AutoModelForCausalLM.from_pretrained(tiny).state_dict()
     for name, weight in AutoModelForCausalLM.from_pretrained(whole / "model").state_dict().items():
         assert torch.equal(saved(whole)["model"][name], weight)
     assert not torch.equal(base[name], weight)
 
 
-def test_a_run_prints_what_it_runs_on_and_pass_at_k_before_and_after(whole, tiny, capsys):
+def test_a_run_prints_what_it_runs_on_and_pass_at_k_before_and_after(whole, tiny, spy, capsys):
+    spy("evaluate", AssertionError("it was done"))
     main(["--resume", "--out", str(whole)])  # nothing is left to do
     first, title, *table, last = capsys.readouterr().out.splitlines()
     size = sum(p.numel() for p in load(tiny)[0].model.parameters())
@@ -801,12 +792,17 @@ def test_a_run_prints_what_it_runs_on_and_pass_at_k_before_and_after(whole, tiny
 
 
 MOMENTS = "evaluate 1,update 1,update 2,update 4,report 3,report 4,save_checkpoint 2,evaluate 2"
-MOMENTS += ",save_checkpoint 4,save_checkpoint 7,evaluate 3,save_checkpoint 9,show 1"
+MOMENTS += ",save_checkpoint 4,save_checkpoint 7,evaluate 3,save_checkpoint 9,show 1,save 4"
 
 
 @parametrize("moment", MOMENTS.split(","))
 def test_a_run_broken_off_anywhere_resumes_to_the_same_numbers(whole, small, spy, moment):
-    spy(moment, RuntimeError("killed"))
+    def kill(*arguments):
+        if moment == "save 4":
+            arguments[1].write_bytes(b"half of a checkpoint")
+        raise RuntimeError("killed")
+
+    spy(moment, kill, torch if moment == "save 4" else rs_grpo)
     with pytest.raises(RuntimeError, match="killed"):
         main(flags(small()))
     main(["--resume", "--out", small().out])
@@ -815,26 +811,27 @@ def test_a_run_broken_off_anywhere_resumes_to_the_same_numbers(whole, small, spy
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(whole, small):
     """By SIGKILL, which leaves no time for anything: not to save, nor to unlock the folder."""
-    run, kills, arguments = small().run_folder, 0, flags(small())
+    log, kills, arguments = small().run_folder / "metrics.jsonl", 0, flags(small())
     command = [sys.executable, "-c", "from test_rs_grpo import main; main()"]
     silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for lines in (1, 4):  # kill when that many steps are done, and a moment later
         process = subprocess.Popen([*command, *arguments], cwd=ROOT, **silent)
-        while process.poll() is None and len(metrics(run)) < lines:
+        done = 0
+        while process.poll() is None and done < lines:
             time.sleep(0.002)
+            done = log.read_text().count("\n") if log.exists() else 0
         time.sleep(random.uniform(0, 0.05))
         kills += process.poll() is None
         process.kill()
         process.wait()
-        arguments = ["--resume", "--out", str(run)]
+        arguments = ["--resume", "--out", small().out]
     main(arguments)
-    assert_same(run, whole)
+    assert_same(small().run_folder, whole)
     assert kills
 
 
 def test_resuming_with_more_steps_equals_a_longer_run(whole, small):
     train(small(steps=4))
-    assert len(metrics(small().run_folder)) == 4
     assert list(train(small(), resume=True)) == ["0", "3", "4", "6"]
     assert_same(small().run_folder, whole, results=False)
 
@@ -914,6 +911,7 @@ def test_samples_shown_leave_out_the_examples_before_their_prompt(models, small,
     prompts, questions = [], {question for question, _ in task.train + task.held_out}
     spy("sample", lambda policy, rows, *rest: prompts.extend(policy.tokenizer.batch_decode(rows)))
     train(small(model=models["wordy"], steps=1, task="countdown-text", max_tokens=0))
+    assert all(prompt.startswith(task.examples) for prompt in prompts)
     assert {prompt.removeprefix(task.examples) for prompt in prompts} < questions
     shown = capsys.readouterr().out
     assert re.search(r"reward 0.00  Numbers: \d+, \d+, \d+. Target: \d+. Answer: '", shown)
@@ -957,8 +955,8 @@ BAD_FLAGS = """--samples 1;--samples 0;--prompts 0;--prompts -3;--steps -1;--max
 def test_bad_input_gets_one_sentence_and_exit_status_2_and_leaves_no_folder(capsys, tmp_path, bad):
     message = complaint(capsys, "--out", tmp_path / "run", *bad.split())
     assert bad.split()[0].strip("=") in message or bad in ("--resume", "--task countdown-text")
-    assert bad != "--advantage chen" or "experiments/estimators.py has others" in message
-    assert bad != "--task gsm8k" or "experiments/mathematics.py has others" in message
+    others = {"--advantage chen": "estimators.py has", "--task gsm8k": "mathematics.py has"}
+    assert others.get(bad, "") in message
     assert not (tmp_path / "run").exists()
 
 
@@ -1194,8 +1192,7 @@ def test_each_command_prints_its_table_and_draws_its_picture(command, tmp_path, 
 
 
 def test_the_bandit_runs_without_a_display_and_without_transformers(tmp_path, monkeypatch):
-    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
     code = "import sys; sys.modules['transformers'] = None; from bandit import main; main()"
     done = python("-c", code, "--steps", "3", "--seeds", "1", "--out", tmp_path)
     assert done.returncode == 0 and (tmp_path / "bandit.png").exists(), done.stderr
