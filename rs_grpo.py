@@ -553,11 +553,11 @@ def open_run_folder(config, resume):
 
 def save_checkpoint(folder, model, optimizer, generator, state):
     """Everything that later steps depend on, in one file; a kill leaves the old one or the new."""
+    (folder / "eval.json").write_text(json.dumps(state.results, indent=1))
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     parts |= {"generator": generator.get_state(), "state": vars(state)}
     torch.save(parts, folder / "checkpoint.tmp")
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-    (folder / "eval.json").write_text(json.dumps(state.results, indent=1))
 
 
 def load_checkpoint(folder, model, optimizer, generator, state):

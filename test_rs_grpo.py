@@ -802,7 +802,7 @@ def test_a_run_broken_off_anywhere_resumes_to_the_same_numbers(whole, small, spy
             arguments[1].write_bytes(b"half of a checkpoint")
         raise RuntimeError("killed")
 
-    spy(moment, kill, torch if moment == "save 4" else rs_grpo)
+    spy(moment, kill, {"save 4": torch}.get(moment, rs_grpo))
     with pytest.raises(RuntimeError, match="killed"):
         main(flags(small()))
     main(["--resume", "--out", small().out])
