@@ -1,7 +1,7 @@
 """Risk-Sensitive GRPO (arXiv 2509.24261) in one file, from prompt to pass@k.
 
-Reinforcement learning with verifiable rewards makes a language model's first answer better and its
-hundredth worse: a policy that starts out peaked gets stuck in a local optimum of the mean reward.
+Reinforcement learning with verifiable rewards makes a language model's first answer better and the
+best of 100 worse: a policy that starts out peaked gets stuck in a local optimum of the mean reward.
 RS-GRPO maximises another objective. For a prompt x, completions y ~ π(·|x) and their rewards r(y),
 
     J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the best of all samples for β → ∞
@@ -71,7 +71,7 @@ def risk_sensitive_advantage(rewards, beta):
 
     A correct sample at c = 1 weighs 2 times as much as one at c = 8 with β = 0, 6 times with β = 2,
     and 15 times with β = 8: the larger β, the more of the gradient goes to prompts that are hardly
-    ever solved, where pass@k has most to gain. Each β has its own scale: columns don't compare.
+    ever solved, where pass@k has most to gain. Each β has its own scale: compare within a row.
 
     rewards: (P, N), binary or continuous. beta: a number or (P, 1), below 0 averse to risk. Returns
     (P, N) in the dtype of `rewards`, float32 for integers. A row sums to zero, and is exactly 0
@@ -120,7 +120,7 @@ class Task(NamedTuple):
     train: list[tuple[str, Any]]  # problems: the prompt, and what the rule needs to know
     held_out: list[tuple[str, Any]]
     reward: Any  # the rule: (completion, what it needs to know) to a number; 1 is solved
-    examples: str = ""  # read before each prompt; then a line break ends a completion
+    examples: str = ""  # put before each prompt; if there are any, a line break ends a completion
     max_tokens: int = 20  # of a completion
 
 
@@ -180,7 +180,7 @@ class Policy(NamedTuple):  # a causal language model, with what sampling and lea
 def sample(policy, prompts, samples, config, generator):
     """Draw `samples` completions of each of P prompts from softmax(logits / temperature).
     All are tuples of token ids. Returns B completions, those of a prompt (its group) together, each
-    with the token that ended it, if one did; and the policy's entropy in nats a token, without bias
+    with the token that ended it, if one did; and the policy's entropy in nats a token, estimated by
     the mean of −log π over the drawn tokens. The model computes one row for all samples that are
     equal so far, R in all. (Skip `share_rows` at first: a row for each would do, only slower.)
     """
@@ -241,7 +241,7 @@ def hidden_states(policy, ids, mask, cache):
 
 def select_rows(cache, rows):
     """Let the cache hold these of its rows, in this order, each as often as it is named."""
-    for layer in cache.layers:  # by [rows] gradients would add up in any order
+    for layer in cache.layers:  # keys[rows] adds gradients up in any order on a CPU
         layer.keys = layer.keys.index_select(0, rows)
         layer.values = layer.values.index_select(0, rows)
 
@@ -272,7 +272,7 @@ def policy_gradient(policy, rollouts, advantages, config):
     """
     for prompts, completions, weights in micro_batches(rollouts, advantages, config.micro_tokens):
         logprobs = completion_logprobs(policy, prompts, completions, config.temperature)  # (B', T)
-        weights = torch.tensor(weights, device=logprobs.device)  # (B',), Â; of equal ones the sum
+        weights = torch.tensor(weights, device=logprobs.device)  # (B',), Â summed over equal ones
         loss = -(weights[:, None] * logprobs).sum()  # the same weight on every token
         loss.backward()
     tokens = sum(map(len, rollouts.completions))
@@ -312,14 +312,14 @@ def pass_at_k(n, c, k):
 
 def evaluate(policy, task, config):
     """Sample n = `eval_samples` completions of each held-out problem, with the same random numbers
-    each time: n, how many are correct, how many distinct ones of these, pass@k in percent by k.
+    each time. Returns n, correct and distinct correct ones by problem, and pass@k in percent by k.
     """
     n, correct, distinct = config.eval_samples, [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
     at_once = max(1, config.eval_rows // n)  # problems
     for start in trange(0, len(task.held_out), at_once, desc="evaluating", leave=False):
         rollouts = roll_out(policy, task, task.held_out[start:][:at_once], n, config, generator)
-        if ctrl_c:
+        if ctrl_c:  # was pressed: see note_ctrl_c
             raise KeyboardInterrupt
         right, texts = rollouts.rewards >= 1, np.reshape(rollouts.texts, (-1, n))  # (P', n)
         correct += right.sum(1).tolist()
@@ -410,8 +410,8 @@ def update(policy, optimizer, rollouts, advantages, config, step):
 
 def train(config, resume=False):
     """Train a policy and measure its pass@k; all goes into `config.run_folder`, or resumes from it.
-    Returns what eval.json holds: by step, as text, what `evaluate` returned. Raises BadInput, also
-    if updates keep failing, and on Ctrl-C, once the step is done and saved, KeyboardInterrupt.
+    Returns what eval.json holds: from str(step) to what `evaluate` returned. Raises BadInput, also
+    if updates keep failing; and KeyboardInterrupt on Ctrl-C, once the step is done and saved.
     """
     check_config(config)
     task = TASKS[config.task](config)
@@ -420,7 +420,7 @@ def train(config, resume=False):
     optimizer = torch.optim.AdamW(policy.model.parameters(), weight_decay=0.0, fused=True)
     generator = torch.Generator(policy.model.device).manual_seed(config.seed)  # draws every token
     solved = torch.zeros(len(task.train), dtype=torch.bool)
-    state = SimpleNamespace(step=0, failed=0, solved=solved, results={})  # by step, as text
+    state = SimpleNamespace(step=0, failed=0, solved=solved, results={})  # by str(step)
     run = (config.run_folder, policy.model, optimizer, generator, state)
     with open_run_folder(config, resume) as metrics_file:
         if resume:
@@ -493,7 +493,7 @@ def load_policy(config, task):
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     utils.logging.disable_progress_bar()
-    # cuDNN's attention gave NaN gradients on H100s (pytorch issue 196678), and slow new shapes.
+    # cuDNN's attention gave NaN gradients on H100s (pytorch issue 196678); new shapes are slow.
     torch.backends.cuda.enable_cudnn_sdp(False)
     name = EMBEDDED if config.model == EMBEDDED.name else config.model
     try:  # what is asserted here is reported as BadInput, too

@@ -612,7 +612,10 @@ class OtherDevice(TorchDispatchMode):
     def __init__(self, patch):
         super().__init__()
         tensor, generator = torch.tensor, torch.Generator  # which wouldn't ask the mode
-        moved = lambda data, dtype=None, device="cpu": tensor(data, dtype=dtype).to(device)  # noqa: E731
+
+        def moved(data, dtype=None, device="cpu"):
+            return tensor(data, dtype=dtype).to(device)
+
         patch.setattr(torch, "tensor", moved)
         patch.setattr(torch, "Generator", lambda device="cpu": generator())
         patch.setattr("torch.__future__.get_overwrite_module_params_on_conversion", lambda: True)
