@@ -46,6 +46,7 @@ from rs_grpo import (
 
 ROOT = Path(rs_grpo.__file__).resolve().parent
 PROMPTS = ["1,2,3,4=5:", "10,11,12,13=48:", "1,10,11,12=9:", "2,2,3,3=7:", "1,5,5,12=20:"]
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # a warning would go to a stream that is closed
 torch.set_num_threads(1)  # models this small gain nothing from a second thread
 
 
