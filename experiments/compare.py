@@ -176,10 +176,11 @@ SMOL = "runs/SmolLM2-135M-Instruct"
 TESTBEDS = {
     "countdown": Plan(),
     "pretrained": Plan(
-        steps=120,
-        lr=1e-5,
-        eval_samples=256,
-        curve_every=20,
+        steps=80,
+        lr=5e-6,
+        eval_samples=64,
+        curve_samples=32,
+        curve_every=40,
         window=5,
         model=SMOL,
         task="countdown-text",
