@@ -569,9 +569,7 @@ def load_checkpoint(folder, model, optimizer, generator, state):
         generator.set_state(saved["generator"])
         vars(state).update(saved["state"])
     except Exception as error:  # zip, pickle, a missing key, a shape: it is no checkpoint
-        raise BadInput(
-            f"{folder} can't be resumed ({error!r:.200}); choose another --out"
-        ) from error
+        raise BadInput(f"{folder} can't be resumed ({error!r:.200}); take another --out") from error
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)  # one a step
     os.truncate(folder / "metrics.jsonl", len("".join(lines[: state.step])))
 
@@ -642,6 +640,7 @@ def check_config(config):
 
 
 PHASES = {  # by function: what runs out of memory, and what makes it smaller
+    "main": "saving; end other programs",
     "load_policy": "loading the model; choose a smaller --model",
     "collect": "sampling; choose smaller --prompts, --samples or --max-tokens",
     "update": "learning; choose a smaller --micro-tokens",
@@ -676,6 +675,8 @@ def main(arguments=None, config_class=Config):
         folder = config_class(**given).run_folder
         if resume:
             stored = json.loads((folder / "config.json").read_text())
+            if stored.keys() - helps.keys():
+                raise BadInput(f"{folder} has settings of another script; resume it with that")
             for flag in given.keys() - {"out", "steps"}:
                 if given[flag] != stored.get(flag):
                     raise BadInput(f"--{flag} was {stored.get(flag)} in {folder}; leave it out")
@@ -690,9 +691,8 @@ def main(arguments=None, config_class=Config):
     except (RuntimeError, MemoryError) as error:
         if not re.search("(of|enough|ate) memory|MemoryError", repr(error)):
             raise
-        functions = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-        phase = next((PHASES[name] for name in functions if name in PHASES), "saving")
-        parser.exit(1, f"{name}: out of memory while {phase}\n")
+        names = [f.name for f in traceback.extract_tb(error.__traceback__) if f.name in PHASES]
+        parser.exit(1, f"{name}: out of memory while {PHASES[names[-1]]}\n")
     print(f"everything is in {folder}/, the trained model in its folder model/")
 
 
