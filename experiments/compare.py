@@ -81,9 +81,8 @@ def beta_of_accuracy(rewards):
 
 
 def annealed_beta(config):
-    """β falling linearly from 8 to 0 over the run, whose metrics hold a line for each step done."""
-    done = len((config.run_folder / "metrics.jsonl").read_text().splitlines())
-    return 8 * (1 - done / config.steps)
+    """β falling linearly from 8 to 0 over the run."""
+    return 8 * (1 - steps_done(config) / config.steps)
 
 
 rs = rs_grpo.risk_sensitive_advantage
@@ -178,6 +177,7 @@ TESTBEDS = {
     "pretrained": Plan(
         steps=80,
         lr=5e-6,
+        prompts=16,
         eval_samples=64,
         curve_samples=32,
         curve_every=40,
@@ -186,7 +186,7 @@ TESTBEDS = {
         task="countdown-text",
         precision="bfloat16",
         eval_rows=512,
-        micro_tokens=4096,
+        micro_tokens=8192,
         save_every=5,
     ),
 }
@@ -201,7 +201,7 @@ def run_one(plan, name, seed, folder):
 
     Goes on with an unfinished run. Its output goes into a file beside `folder`.
     """
-    method = METHODS[method_of(name)]
+    method, evaluate = METHODS[method_of(name)], rs_grpo.evaluate
     ADVANTAGES.update(VARIANTS)
     TASKS["countdown_partial"] = countdown_partial
     settings = {f.name: getattr(plan, f.name) for f in fields(Config) if f.name in plan._fields}
@@ -209,15 +209,29 @@ def run_one(plan, name, seed, folder):
     settings |= {"eval_samples": plan.curve_samples, "eval_every": plan.curve_every}
     config = Config(**settings | method.settings)
     entry, seconds = {}, 0
+
+    def measure(policy, task, config):
+        """`rs_grpo.evaluate`, with more samples at the end, and the seconds that it took."""
+        if name == "base" or steps_done(config) == config.steps:
+            config = replace(config, eval_samples=plan.eval_samples)
+        started = time.perf_counter()
+        results = evaluate(policy, task, config)
+        return {**results, "seconds": time.perf_counter() - started}
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(f"{folder}.log", "a") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
-        patch.object(rs_grpo, "evaluate", timed_evaluate),
+        patch.object(rs_grpo, "evaluate", measure),
     ):
-        if name != "base":
+        if name == "base":
+            task = TASKS[config.task](config)
+            config = replace(config, max_tokens=task.max_tokens)
+            final = measure(rs_grpo.load_policy(config, task), task, config)
+        else:
             results = rs_grpo.train(config, resume=is_unfinished(config))
+            final = results[str(plan.steps)]
             metrics = (folder / "metrics.jsonl").read_text().splitlines()
             metrics = [json.loads(line) for line in metrics]
             entry["curve"] = {"step": [int(step) for step in results]}
@@ -226,12 +240,8 @@ def run_one(plan, name, seed, folder):
                 entry["curve"][f"pass@{k}"] = curve
             entry["training"] = training_curves(metrics, plan.window)
             seconds = sum(part["seconds"] for part in [*metrics, *results.values()])
-            config = replace(config, model=str(folder / "model"))
-        task = TASKS[config.task](config)
-        config = replace(config, eval_samples=plan.eval_samples, max_tokens=task.max_tokens)
-        final = rs_grpo.evaluate(rs_grpo.load_policy(config, task), task, config)
     entry |= {key: final[key] for key in ("n", "correct", "distinct")}
-    return entry | {"seconds": round(seconds + final["seconds"])}
+    return entry | {"seconds": round(seconds or final["seconds"])}
 
 
 def is_unfinished(config):
@@ -246,11 +256,9 @@ def is_unfinished(config):
     return True
 
 
-def timed_evaluate(*arguments, evaluate=rs_grpo.evaluate):
-    """`rs_grpo.evaluate` with the seconds that it took, which the run's checkpoint keeps."""
-    started = time.perf_counter()
-    results = evaluate(*arguments)
-    return {**results, "seconds": time.perf_counter() - started}
+def steps_done(config):
+    """Of a run under way, whose metrics hold a line for each."""
+    return len((config.run_folder / "metrics.jsonl").read_text().splitlines())
 
 
 def training_curves(metrics, window):
@@ -461,9 +469,10 @@ def plan_of(args):
     plan = plan._replace(**(QUICK if args.quick else {}) | changes)
     if args.rates and args.curve_every is None:
         plan = plan._replace(curve_every=plan.steps)
-    if min(plan.steps, plan.window, args.workers) < 1 or plan.curve_samples < 32:
-        least = "--steps, --window and --workers must be at least 1, --curve-samples"
-        raise BadInput(f"{least} at least 32")
+    samples = min(plan.curve_samples, plan.eval_samples)
+    if min(plan.steps, plan.window, args.workers) < 1 or samples < 32:
+        least = "--steps, --window and --workers must be at least 1, --curve-samples and"
+        raise BadInput(f"{least} --eval-samples at least 32")
     return plan
 
 
