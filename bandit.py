@@ -195,9 +195,7 @@ def pass_at_4_advantage(groups: Tensor) -> Tensor:
     for group in groups:
         wrong = n - int(group.sum())
         miss = math.comb(wrong, 4) / math.comb(n, 4)  # no success among 4 samples
-        beside = math.comb(max(wrong - 1, 0), 3) / math.comb(
-            n - 1, 3
-        )  # … among 3 beside a wrong one
+        beside = math.comb(max(wrong - 1, 0), 3) / math.comb(n - 1, 3)  # … 3 beside a wrong one
         std = math.sqrt(miss * (1 - miss)) + 1e-6
         rows.append(torch.where(group == 1, miss / std, (miss - beside) / std))
     return torch.stack(rows)
@@ -263,10 +261,10 @@ def main(argv: list[str] | None = None) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--lemmas", action="store_true", help="show Lemmas 2 to 4 instead")
     mode.add_argument("--advantages", action="store_true", help="show Figure 2 instead")
-    which = "values of β (0 2 4 8, beyond Figure 2 also 16 32 64)"
+    which = "values of β (0 2 4 8 16 32 64; with --advantages 0 2 4 8)"
     parser.add_argument("--betas", type=float, nargs="+", help=which)
     for name, default, text in OPTIONS:
-        kind = {"type": type(default) if name != "out" else Path, "default": default}
+        kind = {"type": type(default), "default": default}
         parser.add_argument(f"--{name}", help=f"{text} (%(default)s)", **kind)
     args = parser.parse_args(argv)
     args.betas = args.betas or ([0, 2, 4, 8] if args.advantages else [0, 2, 4, 8, 16, 32, 64])

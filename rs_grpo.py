@@ -13,11 +13,11 @@ constant is a baseline, which changes nothing in expectation, since E[∇log π]
     ∇J_β = (1/β) ∇E[exp(βr)] / E[exp(βr)] = E[ (1/β) exp(βr)/E[exp(βr)] · ∇log π ]
          = E[ A ∇log π ]   with the advantage   A = (1/β) (exp(βr)/E[exp(βr)] − 1)
 
-The N samples of a prompt, its group, estimate A, with their means for E: that is the one function
-that changes, `risk_sensitive_advantage`. All else is GRPO at its plainest: 1. take P prompts, 2.
-sample N completions of each, 3. judge them by a rule, 4. turn rewards into advantages, 5. take one
-on-policy gradient step. The method needs no value network, reward model, KL penalty or reference
-model. What comes of it, in percent of 256 held-out problems (800 steps, five seeds, from
+The N samples of a prompt, its group, estimate A, their mean standing for E: that is the one
+function that changes, `risk_sensitive_advantage`. All else is GRPO at its plainest: 1. take P
+prompts, 2. sample N completions of each, 3. judge them by a rule, 4. turn rewards into advantages,
+5. take one on-policy gradient step. It needs no value network, reward model, KL penalty or
+reference model. What comes of it, in percent of 256 held-out problems (800 steps, five seeds, from
 experiments/compare.py; pass@k: the chance that one of k samples is right):
 
                                 pass@1   pass@32   pass@256
@@ -25,7 +25,7 @@ experiments/compare.py; pass@k: the chance that one of k samples is right):
     trained with GRPO             28.3      46.7       56.6
     trained with β = 2            27.3      59.1       66.0
 
-    python rs_grpo.py                     # train the embedded model on Countdown, before and after
+    python rs_grpo.py                     # train the embedded model on Countdown, and test it
     python rs_grpo.py --advantage grpo    # the same with GRPO
     python rs_grpo.py --model HuggingFaceTB/SmolLM2-360M-Instruct --task countdown-text --lr 1e-5
 
@@ -75,7 +75,7 @@ def risk_sensitive_advantage(rewards, beta):
 
     rewards: (P, N), binary or continuous. beta: a number or (P, 1), below 0 averse to risk. Returns
     (P, N) in the dtype of `rewards`, float32 for integers. A row sums to zero, and is exactly 0
-    where its rewards are equal. Raises ValueError for other shapes, infinity and nan.
+    where its rewards are equal. Raises ValueError for another shape, infinity and nan.
     """
     beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
     r = rewards.to("cpu", torch.float64)  # not every device has float64
@@ -241,7 +241,7 @@ def hidden_states(policy, ids, mask, cache):
 
 def select_rows(cache, rows):
     """Let the cache hold these of its rows, in this order, each as often as it is named."""
-    for layer in cache.layers:  # keys[rows] adds gradients up in any order on a CPU
+    for layer in cache.layers:  # not keys[rows], whose gradients add up in any order
         layer.keys = layer.keys.index_select(0, rows)
         layer.values = layer.values.index_select(0, rows)
 
@@ -253,7 +253,7 @@ def scaled_logits(policy, hidden, temperature):
 
 def pad(policy, rows, side):
     """Tuples of token ids as a matrix, padded on that side, and a mask that is True on them."""
-    rows = [torch.tensor(row) for row in rows]
+    rows = list(map(torch.tensor, rows))
     ids = torch.nn.utils.rnn.pad_sequence(rows, True, -1, side).to(policy.model.device)
     return ids.clamp(min=0), ids >= 0  # any id will do for padding: the mask hides it
 
@@ -264,7 +264,7 @@ def policy_gradient(policy, rollouts, advantages, config):
 
         loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)
 
-    Its value says nothing about progress; its gradient is the policy gradient. PPO's ratio π/π_old
+    Its value means nothing, its gradient is minus the policy gradient. PPO's ratio π/π_old
     is missing because the policy that sampled is the one that learns: the ratio is 1, and ratio·Â
     and Â·log π then have the same gradient (up to rounding, of some .004 a token in float16). The
     divisor counts all completion tokens, also where Â = 0 (DAPO, arXiv 2503.14476), so that each
@@ -311,8 +311,8 @@ def pass_at_k(n, c, k):
 
 
 def evaluate(policy, task, config):
-    """Sample n = `eval_samples` completions of each held-out problem, with the same random numbers
-    each time. Returns n, correct and distinct correct ones by problem, and pass@k in percent by k.
+    """Sample n = `eval_samples` completions of each held-out problem, from the same seed each
+    time. Returns n, correct and distinct correct ones by problem, and pass@k in percent by k.
     """
     n, correct, distinct = config.eval_samples, [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
@@ -323,7 +323,7 @@ def evaluate(policy, task, config):
             raise KeyboardInterrupt
         right, texts = rollouts.rewards >= 1, np.reshape(rollouts.texts, (-1, n))  # (P', n)
         correct += right.sum(1).tolist()
-        distinct += [len(set(row[mask])) for row, mask in zip(texts, right.numpy())]
+        distinct += [len(set(map(str.strip, row[ok]))) for row, ok in zip(texts, right.numpy())]
     ks = [2**i for i in range(n.bit_length())]
     percent = {str(k): 100 * sum(pass_at_k(n, c, k) for c in correct) / len(correct) for k in ks}
     return {"n": n, "correct": correct, "distinct": distinct, "pass_at_k": percent}
@@ -338,7 +338,7 @@ class Config:  # each setting is a flag of the command line, and its comment is 
     model: str = EMBEDDED.name  # the embedded one, or folder or hub id of a causal language model
     task: str = "countdown"  # countdown, or countdown-text for a pretrained model
     steps: int = 500  # training steps; 0 only evaluates
-    lr: float = 1e-4  # AdamW's learning rate; a pretrained model wants 1e-5 to 1e-6
+    lr: float = 5e-5  # AdamW's learning rate; a pretrained model wants 1e-5 to 1e-6
     prompts: int = 32  # prompts a step
     max_tokens: int = 0  # longest completion in tokens; 0 is the task's own limit
     temperature: float = 1.0  # of sampling and, so that the loss fits, of learning too
@@ -348,10 +348,10 @@ class Config:  # each setting is a flag of the command line, and its comment is 
     eval_every: int = 10**9  # evaluate every so many steps, and before and after
     out: str = ""  # run folder; if empty, runs/ADVANTAGE-seedN, with beta where it counts
     save_every: int = 50  # steps between checkpoints: the most that a kill can cost
-    eval_rows: int = 256  # completions sampled at once in an evaluation: memory
+    eval_rows: int = 256  # completions sampled at once in an evaluation, or all of one problem
     micro_tokens: int = 4096  # tokens learned from at once: memory, but not the gradient
     device: str = "auto"  # auto (CUDA, else MPS, else CPU), or a device such as cpu or cuda:1
-    precision: str = "auto"  # or float32, float16, bfloat16 (1.3 to 1.6 x as fast on some CPUs)
+    precision: str = "auto"  # or float32, float16 or bfloat16 (the last faster on some CPUs)
 
     @property
     def run_folder(self):
@@ -377,7 +377,7 @@ def collect(policy, task, config, state, generator):
     # 2. Sample N completions of each from the policy, and 3. judge them by the rule.
     problems = [task.train[i] for i in indices]
     rollouts = roll_out(policy, task, problems, config.samples, config, generator)
-    state.solved[indices[rollouts.rewards.amax(1) >= 1]] = True  # by one sample at least
+    state.solved[indices] |= rollouts.rewards.amax(1) >= 1  # by one sample at least
     # 4. Turn rewards into advantages, group by group.
     return rollouts, ADVANTAGES[config.advantage](rollouts.rewards, config)
 
@@ -470,7 +470,7 @@ def micro_batches(rollouts, advantages, micro_tokens):
 
 
 def token_logprobs(policy, hidden, ids, temperature):
-    """log softmax(logits / temperature) at `ids`: (M, D) and (M,) to (M,).
+    """log softmax(logits / temperature) at `ids`, of M tokens: (M, D) and (M,) to (M,).
     Logits, the largest tensor by far, are there for a few tokens at a time, and computed twice.
     """
 
@@ -478,8 +478,8 @@ def token_logprobs(policy, hidden, ids, temperature):
         return -F.cross_entropy(scaled_logits(policy, hidden, temperature), ids, reduction="none")
 
     at_once = 2**28 if ids.is_cuda else 2**25  # logits: 1 GiB, or 128 MiB
-    rows = max(1, at_once // policy.model.get_output_embeddings().weight.shape[0])
-    parts = zip(hidden.split(rows), ids.split(rows))
+    tokens = max(1, at_once // policy.model.get_output_embeddings().weight.shape[0])
+    parts = zip(hidden.split(tokens), ids.split(tokens))
     return torch.cat(
         [torch.utils.checkpoint.checkpoint(chunk, *part, use_reentrant=False) for part in parts]
     )
@@ -493,7 +493,7 @@ def load_policy(config, task):
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     utils.logging.disable_progress_bar()
-    # cuDNN's attention gave NaN gradients on H100s (pytorch issue 196678); new shapes are slow.
+    # cuDNN's attention is slow on new shapes, and gave NaN gradients (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     name = EMBEDDED if config.model == EMBEDDED.name else config.model
     try:  # what is asserted here is reported as BadInput, too
@@ -570,8 +570,8 @@ def load_checkpoint(folder, model, optimizer, generator, state):
         vars(state).update(saved["state"])
     except Exception as error:  # zip, pickle, a missing key, a shape: it is no checkpoint
         raise BadInput(f"{folder} can't be resumed ({error!r:.200}); take another --out") from error
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)  # one a step
-    os.truncate(folder / "metrics.jsonl", len("".join(lines[: state.step])))
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)  # one a step
+    os.truncate(folder / "metrics.jsonl", len(b"".join(lines[: state.step])))
 
 
 def report(metrics_file, bar, rollouts, advantages, norm, state, started):
@@ -644,7 +644,7 @@ PHASES = {  # by function: what runs out of memory, and what makes it smaller
     "load_policy": "loading the model; choose a smaller --model",
     "collect": "sampling; choose smaller --prompts, --samples or --max-tokens",
     "update": "learning; choose a smaller --micro-tokens",
-    "evaluate": "evaluating; choose smaller --eval-rows or --eval-samples",
+    "evaluate": "evaluating; choose smaller --eval-rows and --eval-samples",
 }
 ctrl_c = []  # filled when it is pressed
 
@@ -657,7 +657,7 @@ def note_ctrl_c(number, frame):
 
 
 def main(arguments=None, config_class=Config):
-    """The command line: a flag for every field of `config_class`, and --resume."""
+    """The command line: a flag for every field of `config_class`, its comment as help; --resume."""
     script = sys.modules[config_class.__module__]
     name, source = Path(script.__file__).name, map(inspect.getsource, config_class.__mro__[-2::-1])
     helps = dict(re.findall(r"(\w+): \w+ = .*  # (.*)", "".join(source)))
@@ -679,7 +679,7 @@ def main(arguments=None, config_class=Config):
                 raise BadInput(f"{folder} has settings of another script; resume it with that")
             for flag in given.keys() - {"out", "steps"}:
                 if given[flag] != stored.get(flag):
-                    raise BadInput(f"--{flag} was {stored.get(flag)} in {folder}; leave it out")
+                    raise BadInput(f"omit --{flag.replace('_', '-')}: it was {stored.get(flag)}")
             given = stored | given | {"out": str(folder)}
         ctrl_c.clear()
         signal.signal(signal.SIGINT, note_ctrl_c)

