@@ -276,6 +276,7 @@ def paths(axes, runs, names, bold):
     if names:  # all start at the same place
         axes.plot(x[0], y[0], "s", color=color_of("base"), ms=8, zorder=3)
         axes.annotate("base", (x[0], y[0]), (0, -16), textcoords="offset points", ha="center")
+        axes.margins(0.12)  # the word needs room
     finish(axes, xlabel="pass@1 (%)", ylabel="pass@32 (%)")
 
 
