@@ -1219,9 +1219,9 @@ def test_without_a_file_the_report_says_how_it_is_made(tmp_path, monkeypatch, ca
     assert "pretrained.json isn't there" in printed and "| RS-GRPO, β = 2 | 25.0 |" in printed
 
 
-@pytest.mark.parametrize("name", ["results.json", "results-2000-steps.json"])
+@pytest.mark.parametrize("name", ["results", "results-2000-steps", "results-pretrained"])
 def test_the_readmes_show_the_tables_that_the_results_give(tmp_path, name):
-    results = compare.read_results(ROOT / "experiments" / name)
+    results = compare.read_results(ROOT / "experiments" / f"{name}.json")
     printed = report.report(results, compare.METHODS, tmp_path)
     text = (ROOT / "README.md").read_text() + (ROOT / "experiments/README.md").read_text()
     shown = {" ".join(line.split()) for line in text.splitlines()}
