@@ -1203,8 +1203,8 @@ def test_learning_rates_are_read_from_the_names_of_the_runs_and_seeds_may_be_mis
     text = report.report(some_results(counts), METHODS, tmp_path, "results-learning-rates")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == "|  | 5e-05 | 0.0001 |"
-    assert rows[2:4] == ["| base | 12.5 | 12.5 |", "| rs2 | 50.0 |  |"]  # the mean of 25 and 75
-    assert rows[4:] == ["| grpo | 100.0 | 50.0 |"]
+    assert rows[2:4] == ["| base | 12.5/50.0 | 12.5/50.0 |", "| rs2 | 50.0/75.0 |  |"]  # means
+    assert rows[4:] == ["| grpo | 100.0/100.0 | 50.0/100.0 |"]
     assert "mean over 1 to 2 seeds" in text
     assert [file.name for file in tmp_path.iterdir()] == ["learning-rates.png"]
 
@@ -1216,7 +1216,7 @@ def test_without_a_file_the_report_says_how_it_is_made(tmp_path, monkeypatch, ca
     compare.main(["--report", "--figures", str(tmp_path / "figures")])
     printed = capsys.readouterr().out
     assert "results.json isn't there; python experiments/compare.py makes it" in printed
-    assert "pretrained.json isn't there" in printed and "| RS-GRPO, β = 2 | 25.0 |" in printed
+    assert "pretrained.json isn't there" in printed and "| RS-GRPO, β = 2 | 25.0/50.0 |" in printed
 
 
 @pytest.mark.parametrize("name", ["results", "results-2000-steps", "results-pretrained"])
