@@ -25,6 +25,7 @@ COLORS = {
     "maxrl": "tab:cyan",
 }
 DRAWS = 10_000  # of the bootstrap
+DIFFERENCES = "Differences in points, with 95 % intervals that resample problems and seeds:"
 BINS = ("0", "0–.2", ".2–.4", ".4–.6", ".6–.8", ".8–1")  # of a problem's accuracy: {0}, (0, .2] …
 
 
@@ -51,7 +52,8 @@ class Runs:
             self.pass_at_k[name] = np.array(chances)[correct]
 
     def label(self, name):
-        return self.methods[method_of(name)].label
+        rate = f" at {written(rate_of(name))}" if rate_of(name) else ""
+        return self.methods[method_of(name)].label + rate
 
     def of_part(self, part):
         return [name for name in self.entries if self.methods[method_of(name)].part == part]
@@ -98,6 +100,11 @@ def method_of(name):
 
 def rate_of(name):
     return float(name.partition("@")[2] or 0)
+
+
+def written(rate):
+    """A learning rate as people write it: 2.5e-5."""
+    return np.format_float_scientific(rate, trim="-", exp_digits=1)
 
 
 def mean_and_error(values):
@@ -168,7 +175,16 @@ def rate_table(runs, ks):
             means = runs.pass_at_k[name].mean((0, 1)) if name in runs.entries else []
             row.append("/".join(f"{means[runs.ks.index(k)]:.1f}" for k in ks if len(means)))
         rows.append(row)
-    return table([f"{rate:g}" for rate in runs.rates], rows)
+    return table(list(map(written, runs.rates)), rows)
+
+
+def rate_pairs(runs, lr):
+    """Each method beside GRPO at the same rate, and its highest rate beside the rate `lr`."""
+    names = [name for name in runs.entries if name != "base"]
+    pairs = [(name, f"grpo@{rate_of(name):g}") for name in names if method_of(name) != "grpo"]
+    for method in dict.fromkeys(map(method_of, names)):
+        pairs.append((f"{method}@{runs.rates[-1]:g}", f"{method}@{lr:g}"))
+    return [(a, b) for a, b in pairs if a != b and {a, b} <= set(names)]
 
 
 def report(results, methods, figures, name="results"):
@@ -185,7 +201,10 @@ def report(results, methods, figures, name="results"):
         of_run = [len(seeds) for seeds in runs.entries.values()]
         lr = "by column"
         over = f"pass@{'/@'.join(map(str, few))}, mean over {min(of_run)} to {max(of_run)} seeds"
-        tables, drawn = [rate_table(runs, few)], {name: draw_rates(runs, few)}
+        tables = [rate_table(runs, few)]
+        if differences := difference_table(runs, rate_pairs(runs, settings["lr"]), few):
+            tables += [DIFFERENCES, differences]
+        drawn = {name: draw_rates(runs, few)}
     elif settings.get("task", "countdown") != "countdown":
         tables, drawn = comparison(runs, few), {name: draw_pretrained(runs)}
     else:
@@ -221,8 +240,7 @@ def comparison(runs, few):
     pairs += [(name, "rs2") for name in main if name not in ours]
     pairs = [pair for pair in pairs if pair[1] in main]
     if differences := difference_table(runs, pairs, few):
-        text += ["Differences in points, with 95 % intervals that resample problems and seeds:"]
-        text += [differences]
+        text += [DIFFERENCES, differences]
     for part in dict.fromkeys(method.part for method in runs.methods.values()):
         names = runs.of_part(part)
         if part == "main" or not names:
@@ -364,7 +382,7 @@ def draw_rates(runs, ks):
             low, high = list(map(np.min, values)), list(map(np.max, values))
             axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
         axes.set_xscale("log")
-        axes.set_xticks(runs.rates, [f"{rate:g}" for rate in runs.rates])
+        axes.set_xticks(runs.rates, map(written, runs.rates))
         axes.minorticks_off()
         finish(axes, title=f"held-out pass@{k}", xlabel="learning rate", ylabel="%")
     lines = panels[0].get_legend_handles_labels()

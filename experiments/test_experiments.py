@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -1222,12 +1223,19 @@ def test_the_interval_of_a_difference_resamples_problems_and_seeds():
 
 def test_learning_rates_are_read_from_the_names_of_the_runs_and_seeds_may_be_missing(tmp_path):
     counts = {"grpo@0.0001": [[1, 3]], "base": [[0, 1]], "rs2@5e-05": [[0, 2], [2, 4]]}
-    counts["grpo@5e-05"] = [[4, 4]]
+    counts |= {"grpo@5e-05": [[4, 4]], "rs2@2.5e-05": [[0, 0]]}
     text = report.report(some_results(counts), METHODS, tmp_path, "results-learning-rates")
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == "|  | 5e-05 | 0.0001 |"
-    assert rows[2:4] == ["| base | 12.5/50.0 | 12.5/50.0 |", "| rs2 | 50.0/75.0 |  |"]  # means
-    assert rows[4:] == ["| grpo | 100.0/100.0 | 50.0/100.0 |"]
+    assert rows[0] == "|  | 2.5e-5 | 5e-5 | 1e-4 |"
+    assert rows[2:5] == [  # means
+        "| base | 12.5/50.0 | 12.5/50.0 | 12.5/50.0 |",
+        "| rs2 | 0.0/0.0 | 50.0/75.0 |  |",
+        "| grpo |  | 100.0/100.0 | 50.0/100.0 |",
+    ]
+    # Beside GRPO at the same rate, and the highest rate beside the plan's, where both are there.
+    differences = [row[2:].split(" |")[0] for row in rows[7:]]
+    assert differences == ["rs2 at 5e-5 − grpo at 5e-5", "grpo at 1e-4 − grpo at 5e-5"]
+    assert " | -75.0 (-100.0 to -50.0) |" in rows[7]  # of the seed that they share: -100, -50
     assert "mean over 1 to 2 seeds" in text
     assert [file.name for file in tmp_path.iterdir()] == ["learning-rates.png"]
 
@@ -1254,6 +1262,22 @@ def test_the_readmes_show_the_tables_that_the_results_give(tmp_path, name):
     rows = [" ".join(line.split()) for line in printed.splitlines() if line.startswith("|")]
     assert len(rows) > 5 and set(rows) <= shown
     assert printed.splitlines()[-1].split(",")[0] in text  # the number of runs
+
+
+def test_the_first_page_and_the_docstring_repeat_these_tables():
+    def rows(text):
+        lines = [line for line in text.splitlines() if line.startswith("|") and " ± " in line]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    tables = rows((ROOT / "experiments/README.md").read_text())
+    first_page = rows((ROOT / "README.md").read_text())
+    assert len(first_page) >= 4
+    for label, *cells in first_page:
+        assert any(label == row[0] and set(cells) <= set(row) for row in tables), label
+    means = re.findall(r"(\d\d\.\d) +(\d\d\.\d) +(\d\d\.\d)$", rs_grpo.__doc__, re.M)
+    assert len(means) == 3
+    for numbers in means:
+        assert any(set(numbers) <= {cell.split(" ")[0] for cell in row} for row in tables)
 
 
 # --- The runs -------------------------------------------------------------------------------------
