@@ -182,7 +182,7 @@ def sample(policy, prompts, samples, config, generator):
     All are tuples of token ids. Returns B completions, those of a prompt (its group) together, each
     with the token that ended it, if one did; and the policy's entropy in nats a token, estimated by
     the mean of −log π over the drawn tokens. The model computes one row for all samples that are
-    equal so far, R in all. (Skip `share_rows` at first: a row for each would do, only slower.)
+    equal so far, R in all. (Skip `share_rows` at first: a row for each would do.) Raises BadInput.
     """
     hidden, mask, cache = prefill(policy, prompts)  # (R, D), (R, tokens so far)
     completions = [()] * (len(prompts) * samples)
@@ -191,6 +191,8 @@ def sample(policy, prompts, samples, config, generator):
     surprise = 0.0  # the sum of −log π over all drawn tokens
     for length in range(1, config.max_tokens + 1):
         probs = scaled_logits(policy, hidden, config.temperature).softmax(-1)  # (R, V)
+        if not probs[:, 0].isfinite().all():  # one bad logit spoils its row
+            raise BadInput("infinite logits; start again with a lower --lr or --precision bfloat16")
         draws = probs.multinomial(samples, replacement=True, generator=generator)  # (R, N)
         token = draws[row, going % samples]  # (B',): sample i of a group takes draw i of its row
         for i, drawn in zip(going.tolist(), token.tolist()):
@@ -247,8 +249,7 @@ def select_rows(cache, rows):
 
 
 def scaled_logits(policy, hidden, temperature):
-    logits = policy.model.get_output_embeddings()(hidden).float()
-    return logits if temperature == 1 else logits / temperature
+    return policy.model.get_output_embeddings()(hidden).float().div_(temperature)
 
 
 def pad(policy, rows, side):
@@ -338,7 +339,7 @@ class Config:  # each setting is a flag of the command line, and its comment is 
     model: str = EMBEDDED.name  # the embedded one, or folder or hub id of a causal language model
     task: str = "countdown"  # countdown, or countdown-text for a pretrained model
     steps: int = 500  # training steps; 0 only evaluates
-    lr: float = 5e-5  # AdamW's learning rate; a pretrained model wants 1e-5 to 1e-6
+    lr: float = 5e-5  # AdamW's learning rate; a pretrained model wants 2e-5 to 1e-6
     prompts: int = 32  # prompts a step
     max_tokens: int = 0  # longest completion in tokens; 0 is the task's own limit
     temperature: float = 1.0  # of sampling and, so that the loss fits, of learning too
@@ -516,9 +517,7 @@ def load_policy(config, task):
     except Exception as error:  # whatever a hub, a damaged file or a missing driver may raise
         if "memory" in str(error):
             raise
-        reason = (
-            f"--model {config.model} can't be used on --device {config.device} ({error!r:.200})"
-        )
+        reason = f"--model {config.model} can't run on --device {config.device} ({error!r:.200})"
         raise BadInput(f"{reason}; give a plain transformer, and a device that is here") from error
     dtype = getattr(torch, config.precision, torch.float32)  # which auto is, too, to begin with
     if config.precision == "auto" and device.type == "cuda":
@@ -590,7 +589,8 @@ def report(metrics_file, bar, rollouts, advantages, norm, state, started):
     print(json.dumps(metrics), file=metrics_file, flush=True)
     shown = "reward {reward:.2f} signal {signal:.2f} entropy {entropy:.2f} length {length:.1f} "
     shown += "grad {grad_norm:.2f} tok/s {tokens_per_second:.0f}"
-    bar.set_postfix_str(shown.format(**metrics), refresh=bar.update())
+    bar.set_postfix_str(shown.format(**metrics), refresh=False)
+    bar.update()
     if state.step % max(1, bar.total // 5) == 0:
         for i in rewards.std(1).argsort(descending=True)[:3]:  # the groups that are mixed most
             for j in rewards[i].argmax(), rewards[i].argmin():
@@ -625,18 +625,17 @@ def check_config(config):
     """Raise BadInput for a setting that can't work."""
     if config.precision not in ("auto", "float32", "float16", "bfloat16"):
         raise BadInput(f"--precision is {config.precision}, not auto, float32, float16 or bfloat16")
-    others = (("advantage", ADVANTAGES, "estimators"), ("task", TASKS, "mathematics"))
-    for name, known, script in others:
-        if (value := getattr(config, name)) not in known:
-            wanted = f"one of {', '.join(known)}; experiments/{script}.py has others"
-            raise BadInput(f"--{name} is {value}, but must be {wanted}")
+    if config.advantage not in ADVANTAGES:
+        known = f"{', '.join(ADVANTAGES)}; experiments/estimators.py has others"
+        raise BadInput(f"--advantage is {config.advantage}, but must be one of {known}")
+    if config.task not in TASKS:
+        known = f"{', '.join(TASKS)}; experiments/mathematics.py has others"
+        raise BadInput(f"--task is {config.task}, but must be one of {known}")
     for f in fields(config):
         value, least = getattr(config, f.name), 0 if f.default else -1
         least = {"samples": 1, "steps": -1, "beta": -1e9}.get(f.name, least)
         if type(f.default) in (int, float) and not least < value < 2**62:
-            raise BadInput(
-                f"--{f.name.replace('_', '-')} is {value}, but must be above {least} and finite"
-            )
+            raise BadInput(f"--{f.name.replace('_', '-')} is {value}, not finite and above {least}")
 
 
 PHASES = {  # by function: what runs out of memory, and what makes it smaller
@@ -659,7 +658,8 @@ def note_ctrl_c(number, frame):
 def main(arguments=None, config_class=Config):
     """The command line: a flag for every field of `config_class`, its comment as help; --resume."""
     script = sys.modules[config_class.__module__]
-    name, source = Path(script.__file__).name, map(inspect.getsource, config_class.__mro__[-2::-1])
+    name = Path(script.__file__).name
+    source = map(inspect.getsource, config_class.__mro__[-2::-1])
     helps = dict(re.findall(r"(\w+): \w+ = .*  # (.*)", "".join(source)))
     parser = argparse.ArgumentParser(name, description=script.__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"{name}: {message}; see --help\n")

@@ -651,11 +651,8 @@ def test_the_emulated_device_notices_what_mixes(monkeypatch):
         y.backward()
         assert (type(x.grad), x.device) == (Elsewhere, ones.device)
         assert y.item() == pytest.approx(x.detach().to("cpu").sum().item() + 12)
-        for mixing in (
-            lambda: x + torch.ones(3, 2),
-            lambda: torch.cat([ones, torch.ones(1, 2)]),
-            lambda: ones[torch.arange(2)],
-        ):
+        mixes = [lambda: x + torch.ones(3, 2), lambda: torch.cat([ones, torch.ones(1, 2)])]
+        for mixing in [*mixes, lambda: ones[torch.arange(2)]]:
             with pytest.raises(RuntimeError, match="mixes devices"):
                 mixing()
 
@@ -854,7 +851,7 @@ def test_ctrl_c_ends_and_saves_the_step_but_breaks_off_an_evaluation_and_pressed
     assert_same(run, whole)
 
 
-def test_updates_not_finite_are_skipped_and_three_in_a_row_end_the_run(small, monkeypatch, capsys):
+def test_updates_not_finite_are_skipped_but_three_or_bad_logits_end_it(small, spy, monkeypatch):
     bad, step, original = [2, 3, 5, 6], itertools.count(1), rs_grpo.policy_gradient
 
     def sometimes_infinite(policy, *args):
@@ -868,10 +865,12 @@ def test_updates_not_finite_are_skipped_and_three_in_a_row_end_the_run(small, mo
     assert [step + 1 for step in range(6) if not math.isfinite(norms[step])] == bad
     assert all(weight.isfinite().all() for weight in saved(small().out)["model"].values())
     bad, step = [2, 3, 4], itertools.count(1)
-    with pytest.raises(SystemExit, match="^2$"):
-        main(flags(small(folder=small().out + "2")))
-    message = re.search("rs_grpo.py: three updates in a row .*", capsys.readouterr().err)
-    assert "lower --lr" in message[0] and next(step) == 5
+    with pytest.raises(rs_grpo.BadInput, match="three updates in a row .* lower --lr"):
+        train(small(folder=small().out + "2"))
+    assert next(step) == 5
+    spy("sample 2", lambda policy, *_: policy.model.lm_head.weight.data[7].fill_(math.inf))
+    with pytest.raises(rs_grpo.BadInput, match="infinite logits; .* lower --lr"):
+        train(small(folder=small().out + "3"))
 
 
 @parametrize("prompts, steps", [(1, 35), (7, 5), (10, 3), (35, 1), (50, 1)])
