@@ -176,7 +176,7 @@ TESTBEDS = {
     "countdown": Plan(),
     "pretrained": Plan(
         steps=80,
-        lr=5e-6,
+        lr=2e-5,
         prompts=16,
         eval_samples=64,
         curve_samples=32,

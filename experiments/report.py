@@ -196,7 +196,7 @@ def report(results, methods, figures, name="results"):
     runs, settings = Runs(results, methods), results["settings"]
     few = sorted({1, *(min(k, runs.ks[-1]) for k in (32, 256))})
     name = name.removeprefix("results-")
-    lr, over = f"{settings['lr']:g}", "mean ± standard error over seeds"
+    lr, over = written(settings["lr"]), "mean ± standard error over seeds"
     if runs.rates:
         of_run = [len(seeds) for seeds in runs.entries.values()]
         lr = "by column"
