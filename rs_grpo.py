@@ -347,7 +347,7 @@ class Config:  # each setting is a flag of the command line, and its comment is 
     eval_problems: int = 128  # at most so many held-out problems to evaluate on
     eval_samples: int = 256  # completions of each, and so the limit of k
     eval_every: int = 10**9  # evaluate every so many steps, and before and after
-    out: str = ""  # run folder; if empty, runs/ADVANTAGE-seedN, with beta where it counts
+    out: str = ""  # run folder; if empty, runs/MODEL-ADVANTAGE-seedN, beta where it counts
     save_every: int = 50  # steps between checkpoints: the most that a kill can cost
     eval_rows: int = 256  # completions sampled at once in an evaluation, or all of one problem
     micro_tokens: int = 4096  # tokens learned from at once: memory, but not the gradient
@@ -357,7 +357,7 @@ class Config:  # each setting is a flag of the command line, and its comment is 
     @property
     def run_folder(self):
         name = f"rs-{self.beta:g}" if self.advantage == "rs" else self.advantage
-        return Path(self.out or f"runs/{name}-seed{self.seed}")
+        return Path(self.out or f"runs/{Path(self.model).name}-{name}-seed{self.seed}")
 
 
 class Rollouts(NamedTuple):  # N completions of each of P problems, and what they earned
