@@ -760,6 +760,7 @@ def test_a_run_leaves_a_folder_that_holds_everything_and_loads_in_transformers(w
 
     names = "checkpoint.pt config.json eval.json metrics.jsonl model passk.png"
     assert sorted(path.name for path in whole.iterdir()) == names.split()
+    assert Config(model="of/it", advantage="grpo").run_folder == Path("runs/it-grpo-seed0")
     results = json.loads((whole / "eval.json").read_text())
     assert list(results) == ["0", "3", "6"]
     for n, correct, distinct, percent in map(dict.values, results.values()):
