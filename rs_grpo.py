@@ -638,7 +638,7 @@ def check_config(config):
             raise BadInput(f"--{f.name.replace('_', '-')} is {value}, not finite and above {least}")
 
 
-PHASES = {  # by function: what runs out of memory, and what makes it smaller
+PHASES = {  # of main, or of the outermost other one: what needs memory, and what needs less
     "main": "saving; end other programs",
     "load_policy": "loading the model; choose a smaller --model",
     "collect": "sampling; choose smaller --prompts, --samples or --max-tokens",
@@ -692,7 +692,7 @@ def main(arguments=None, config_class=Config):
         if not re.search("(of|enough|ate) memory|MemoryError", repr(error)):
             raise
         names = [f.name for f in traceback.extract_tb(error.__traceback__) if f.name in PHASES]
-        parser.exit(1, f"{name}: out of memory while {PHASES[names[-1]]}\n")
+        parser.exit(1, f"{name}: out of memory while {PHASES[names[:2][-1]]}\n")
     print(f"everything is in {folder}/, the trained model in its folder model/")
 
 

@@ -395,14 +395,14 @@ def spy(monkeypatch):
         name, _, call = moment.partition(" ")
         original, count = getattr(module, name), itertools.count(1)
 
-        def function(*args):
+        def update(*args):  # as a cache calls its own, where memory may run out
             if not call or next(count) == int(call):
                 if isinstance(note, Exception):
                     raise note
                 note(*args)
             return original(*args)
 
-        monkeypatch.setattr(module, name, function)
+        monkeypatch.setattr(module, name, update)
 
     return watch
 
