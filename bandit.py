@@ -1,293 +1,259 @@
-"""Escape from a local optimum: the bandit of Risk-Sensitive GRPO (arXiv 2509.24261), many seeds.
+"""Escaping a local optimum: the bandit of Risk-Sensitive GRPO (arXiv 2509.24261, Figure 3).
 
-A policy over 100 arms starts around an arm that pays 0.6 and gives the best one, which pays 1.0, a
-chance of 0.4 %. The gradient of the mean reward (β = 0) settles for 0.6. The one thing changed here
-is β in `risk_sensitive_advantage`, the function that `rs_grpo.py` trains language models with: from
-β = 4 on all 10 seeds climb to 1.0, at β = 8 soonest (the paper's Figure 3).
+A bandit has arms, and pulling an arm pays a reward. Of these 100 arms, arm 40 pays most, 1.0. The
+policy starts around arm 75, a local optimum that pays 0.6, much as a language model starts around
+the answers that it knows: only one pull in 225 is of arm 40. Policy gradient on the mean reward
+(β = 0) settles for 0.6, whereas from β = 4 on every seed finds the best arms. Only β changes from
+row to row; the advantage is `risk_sensitive_advantage`, with which `rs_grpo.py` trains a model.
 
-    python bandit.py                7 values of β, 10 seeds, 400,000 pulls each, in 9 seconds
-    python bandit.py --lemmas       one exact update of π(best arm), over β (Lemmas 2 to 4)
-    python bandit.py --advantages   which samples the advantage weighs up and down (Figure 2)
+    python bandit.py              # prints this table and draws figures/bandit.png
+    python bandit.py --animate    # shows policies moving, β = 0 beside β = 8: figures/bandit.gif
 
-Each prints a table and draws a picture into figures/: bandit.png, lemmas.png or advantages.png.
+     β   reward at the end   seeds escaped   updates until 0.8: median (range)
+     0       0.600 ± 0.000            0/10   never
+     2       0.599 ± 0.000            0/10   never
+     4       0.995 ± 0.007           10/10   3,386 (3,020 to 4,596)
+     8       0.992 ± 0.008           10/10   2,726 (2,391 to 3,288)
+    16       0.993 ± 0.005           10/10   4,338 (3,837 to 4,540)
+    32       0.989 ± 0.000           10/10   7,816 (7,278 to 8,098)
+    64       0.966 ± 0.001           10/10   14,456 (14,151 to 14,873)
 
-Legend: K arms, B values of β, S seeds, R = B·S runs side by side, N pulls in an update (the group),
-T updates; `logits` θ and the policy π = softmax(θ); `rewards` r; `arms` those pulled; a* the best;
-P random policies.
+The reward is the policy's expected reward, as mean ± standard deviation over ten seeds. Each run
+makes 25,000 updates of 16 pulls. Either command takes some 15 seconds.
+
+Legend: K arms, B values of β, S seeds, R = B·S runs side by side, T updates of N pulls each. The
+policy is π = softmax(θ): `probs` are π, and `logits` are θ.
 """
 
 import argparse
 import math
+import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.animation import PillowWriter
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
 from rs_grpo import risk_sensitive_advantage
 
-ESCAPED = 0.8  # an expected reward half way from the local optimum, 0.6, to the global one, 1.0
+ESCAPED = 0.8  # an expected reward halfway between the local optimum, 0.6, and the global one, 1.0
+ANIMATED = {"betas": (0, 8), "seeds": 1, "steps": 5_000}  # the defaults of --animate
+
+
+class Setup(NamedTuple):
+    """What is run. The defaults are the paper's, except that it shows a single seed."""
+
+    betas: tuple = (0, 2, 4, 8, 16, 32, 64)
+    seeds: int = 10  # runs of each β
+    steps: int = 25_000  # updates in each run
+    batch: int = 16  # pulls in each update
+    lr: float = 0.1
+    seed: int = 0  # the first of the seeds
 
 
 def landscape() -> tuple[Tensor, Tensor]:
-    """Rewards (K,), 1.0 at arm 40 and 0.6 at arm 75, and logits (K,) of a policy around arm 75."""
-    x = torch.arange(100, dtype=torch.float64)
-    high, low = torch.exp(-((x - 40) ** 2) / 50), torch.exp(-((x - 75) ** 2) / 50)
-    logits = (low + 0.1).log()
-    return 0.1 + 0.9 * high + 0.5 * low, logits - logits.mean()
+    """Return the rewards (K,) of the arms, and the logits (K,) of a policy around arm 75."""
+    arms = torch.arange(100, dtype=torch.float64)
+    high = torch.exp(-((arms - 40) ** 2) / 50)
+    low = torch.exp(-((arms - 75) ** 2) / 50)
+    rewards = 0.1 + 0.9 * high + 0.5 * low
+    logits = torch.log(low + 0.1)
+    return rewards, logits - logits.mean()
 
 
 def update(
     logits: Tensor, rewards: Tensor, beta: float | Tensor, uniforms: Tensor, lr: float
 ) -> Tensor:
-    """One policy-gradient step of every run, in place: θ ← θ + lr · (1/N) Σ_i Â_i ∇ log π(a_i).
+    """Take one policy-gradient step in every run: θ ← θ + lr · (1/N) Σ_i Â_i ∇ log π(a_i).
 
-    For a softmax, ∇ log π(a) = onehot(a) − π. The advantages of a group sum to zero, so π drops out
-    of the sum and each pull moves the logit of its own arm only.
-    logits: (R, K). rewards: (K,). beta: a number, or (R, 1). uniforms: (R, N) in [0, 1), one for
-    each pull. Returns the expected reward of each run before the step, (R,).
+    For a softmax, ∇ log π(a) = onehot(a) − π. The advantages of a group sum to zero, so π cancels
+    in the sum, and each pull changes only the logit of its own arm.
+    logits: (R, K), changed in place. rewards: (K,), those of the arms. beta: a number, or (R, 1).
+    uniforms: (R, N), random numbers in [0, 1). Returns the policies before the step, (R, K).
     """
     probs = logits.softmax(1)  # (R, K)
-    cumulative = probs.cumsum(1)  # (R, K)
+    cumulative = probs.cumsum(1)  # (R, K); rounding may end it just below 1
     arms = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:])  # (R, N)
     advantages = risk_sensitive_advantage(rewards[arms], beta)  # (R, N)
-    logits.scatter_add_(1, arms, advantages * (lr / arms.shape[1]))
-    return probs @ rewards
+    pulls = arms.shape[1]
+    logits.scatter_add_(1, arms, advantages * (lr / pulls))
+    return probs
 
 
-def run(betas: list[float], seeds: int, steps: int, lr: float, batch: int, seed: int = 0) -> Tensor:
-    """Expected reward after 0, 1, … T updates, for every β and every seed at once: (T+1, B, S).
+def learn(setup: Setup) -> Iterator[Tensor]:
+    """Yield the policies of all runs, (R, K), after 0, 1, … T updates; the first β comes first.
 
-    Each seed has its own stream of random numbers, and every β sees the same ones. So two values of
-    β differ by β alone, and a run doesn't depend on which others run beside it.
+    Each seed has its own stream of random numbers, and every β sees the same ones. Two values of β
+    therefore differ by β alone, and a run doesn't depend on which others run beside it.
     """
     rewards, start = landscape()
-    streams = [torch.Generator().manual_seed(seed + s) for s in range(seeds)]
-    drawn = [torch.rand(steps, batch, generator=g, dtype=torch.float64) for g in streams]
-    uniforms = torch.stack(drawn, 1)  # (T, S, N)
-    beta = torch.tensor(betas, dtype=torch.float64).repeat_interleave(seeds)[:, None]  # (R, 1)
+    streams = []
+    for s in range(setup.seeds):
+        generator = torch.Generator().manual_seed(setup.seed + s)
+        size = (setup.steps, setup.batch)
+        streams.append(torch.rand(size, generator=generator, dtype=torch.float64))
+    uniforms = torch.stack(streams, 1)  # (T, S, N)
+    betas = torch.tensor(setup.betas, dtype=torch.float64)
+    beta = betas.repeat_interleave(setup.seeds)[:, None]  # (R, 1)
     logits = start.repeat(len(beta), 1)  # (R, K)
-    curve = torch.empty(steps + 1, len(beta), dtype=torch.float64)  # (T+1, R)
-    for t in tqdm(range(steps), unit=" updates", unit_scale=True):
-        curve[t] = update(logits, rewards, beta, uniforms[t].repeat(len(betas), 1), lr)
-    curve[steps] = logits.softmax(1) @ rewards
-    return curve.view(steps + 1, len(betas), seeds)
+    for step in trange(setup.steps, unit=" updates"):
+        of_runs = uniforms[step].repeat(len(betas), 1)  # (R, N)
+        yield update(logits, rewards, beta, of_runs, setup.lr)
+    yield logits.softmax(1)
+
+
+def run(setup: Setup) -> Tensor:
+    """Return the expected reward of every run after 0, 1, … T updates: (T+1, B, S)."""
+    rewards, _ = landscape()
+    curve = [probs @ rewards for probs in learn(setup)]
+    return torch.stack(curve).unflatten(1, (-1, setup.seeds))
 
 
 def updates_until_escape(curve: Tensor) -> Tensor:
-    """Updates until the expected reward reaches 0.8, else infinite: (T+1, S) to (S,)."""
+    """Return the updates until each run of a curve, (T+1, S), reaches 0.8, or infinity: (S,)."""
     reached = curve >= ESCAPED
-    return torch.where(reached.any(0), reached.int().argmax(0).double(), math.inf)
+    first = reached.int().argmax(0)
+    return torch.where(reached.any(0), first, math.inf)
 
 
-def show_bandit(args: argparse.Namespace) -> plt.Figure:
-    """Figure 3: every β and seed learns; a table and a picture of how far and how fast."""
-    curve = run(args.betas, args.seeds, args.steps, args.lr, args.batch, args.seed)  # (T+1, B, S)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 6))
-    rewards, start = landscape()
-    left.plot(rewards, color="black")
-    left.set(title="What the arms pay, and where the policy starts")
-    left.set(ylabel="reward", ylim=(0, 1.12))
-    left.set_xticks([40, 75], ["arm 40,\nglobal optimum", "arm 75,\nlocal optimum"])
-    policy = left.twinx()
-    policy.fill_between(range(100), start.softmax(0), color="C1", alpha=0.4, linewidth=0)
-    policy.set(ylabel="initial probability (shaded)", ylim=(0, 0.112))
-
+# --- The table and the pictures -------------------------------------------------------------------
+def print_table(setup: Setup, curve: Tensor) -> None:
+    """Print how far and how fast the runs of each β came. curve: (T+1, B, S)."""
     print(f"{'β':>6}   reward at the end   seeds escaped   updates until {ESCAPED}: median (range)")
-    shown = torch.linspace(0, args.steps, min(args.steps, 1000) + 1, dtype=torch.float64).long()
-    pulls = shown.numpy() * args.batch / 1000  # in thousands
-    colours = dark_to_light(args.betas)
-    label = {"weight": "bold", "ha": "center", "va": "center", "clip_on": True}
-    for beta, colour, line in zip(args.betas, colours, curve.unbind(1)):  # line: (T+1, S)
-        updates = updates_until_escape(line)  # (S,)
-        middle, escaped = median(updates.tolist()), f"{updates.isfinite().sum()}/{args.seeds}"
-        when = f"{middle:,.0f} ({updates.min():,.0f} to {updates.max():,.0f})"
-        when = when if updates.min() < math.inf else "never"
-        end = f"{line[-1].mean():.3f} ± {line[-1].std(correction=0):.3f}"
-        print(f"{beta:>6g}   {end:>17}   {escaped:>13}   {when}")
-        band = line[shown]
-        right.fill_between(pulls, band.amin(1), band.amax(1), color=colour, alpha=0.25, linewidth=0)
-        right.plot(pulls, band.quantile(0.5, dim=1), color=colour, label=f"β = {beta:g}")
-        if middle < math.inf:
-            text = right.text(middle * args.batch / 1000, ESCAPED, f"{beta:g}", **label)
-            text.set(color=colour, bbox={"color": "white", "pad": 1})
+    for b, beta in enumerate(setup.betas):
+        end = curve[-1, b]
+        reward = f"{end.mean():.3f} ± {end.std(correction=0):.3f}"
+        updates = updates_until_escape(curve[:, b])
+        escaped = f"{updates.isfinite().sum()}/{setup.seeds}"
+        when = f"{median(updates.tolist()):,.0f} ({updates.min():,.0f} to {updates.max():,.0f})"
+        if updates.isinf().all():
+            when = "never"
+        print(f"{beta:>6g}   {reward:>17}   {escaped:>13}   {when}")
+
+
+def draw_policy(panel: plt.Axes, probs: Tensor) -> None:
+    """Draw a policy, (K,), as bars over the arms, and the rewards as a line."""
+    rewards, _ = landscape()
+    panel.plot(rewards, color="black")
+    panel.fill_between(range(100), rewards, color="0.92")
+    padded = torch.nn.functional.pad(probs, (2, 3))  # as if there were arms from −2 to 102
+    heights = padded.view(21, 5).sum(1)  # of five arms around arm 0, 5, … 100
+    panel.stairs(heights, torch.arange(-2.5, 103, 5), fill=True, color="C1")
+    panel.set_xticks([40, 75], ["arm 40\npays 1.0", "arm 75\npays 0.6"])
+    panel.set_ylabel("reward (line)\nprobability of 5 arms (bars)")
+    panel.set_ylim(0, 1.05)
+
+
+def draw(setup: Setup, curve: Tensor) -> plt.Figure:
+    """Draw the bandit on the left, and how the runs learn on the right. curve: (T+1, B, S)."""
+    figure = plt.figure(figsize=(15, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _, start = landscape()
+    draw_policy(left, start.softmax(0))
+    left.set_title("What the arms pay, and where the policy starts")
+    every = math.ceil(setup.steps / 1000)
+    shown = curve[::every]  # some 1,000 points are enough
+    pulls = torch.arange(len(shown)).numpy() * every * setup.batch / 1000
+    for b, beta in enumerate(setup.betas):
+        seeds = shown[:, b]
+        colour = plt.cm.plasma(b / len(setup.betas))
+        middle = seeds.quantile(0.5, 1)
+        right.plot(pulls, middle, color=colour, label=f"β = {beta:g}")
+        right.fill_between(pulls, seeds.amin(1), seeds.amax(1), color=colour, alpha=0.25)
     right.set_xscale("log", base=2)  # shows whether the time doubles with β
     right.xaxis.set_major_formatter("{x:g}")
-    right.set(title=f"Learning: median and range, {args.seeds} seeds", xlabel="thousand pulls")
-    right.set(ylabel="expected reward", xlim=(pulls[-1] / 64, pulls[-1]), ylim=(0, 1.12))
+    right.set_title(f"Learning: median and range, {setup.seeds} seeds")
+    right.set(xlabel="thousand pulls", ylabel="expected reward")
+    right.set_xlim(pulls[-1] / 64, pulls[-1])
+    right.set_ylim(0, 1.05)
     right.legend(loc="lower left", ncols=2)
     return figure
 
 
-# π = (.01, .80, .19) on r = (1, .6, 0), settled for the second-best arm: as a group, and rewards
-ARMS = torch.tensor([[0] * 1 + [1] * 80 + [2] * 19])
-EXAMPLE = ARMS, torch.tensor([[1.0, 0.6, 0.0]], dtype=torch.float64)
+def animate(setup: Setup, policies: Iterator[Tensor], path: Path) -> None:
+    """Write a GIF of some 50 policies that `learn` yields: two values of β, the first seed."""
+    rewards, _ = landscape()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.75), sharey=True)
+    figure.subplots_adjust(left=0.11, right=0.99, bottom=0.14, top=0.86, wspace=0.04)
+    writer = PillowWriter(fps=8)
+    every = math.ceil(setup.steps / 50)
+    with writer.saving(figure, path, dpi=80):  # 800 pixels wide
+        for updates, probs in islice(enumerate(policies), 0, None, every):
+            for panel, beta, policy in zip(panels, setup.betas, probs[:: setup.seeds]):
+                panel.clear()
+                draw_policy(panel, policy)
+                panel.label_outer()
+                title = f"β = {beta:g} after {updates * setup.batch:,} pulls"
+                panel.set_title(f"{title}\nexpected reward {policy @ rewards:.2f}")
+            writer.grab_frame()
+        for _ in range(15):  # hold the last frame for two seconds
+            writer.grab_frame()
 
 
-def one_step_change(arms: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
-    """δπ(a*)/α = π(a*) · mean_i Â_i (1[a_i = a*] − π(a_i)): an exact step of small size α.
-
-    Nothing is sampled: the group holds every arm in exact proportion to its probability, so that
-    its mean is the expectation of Theorem 1. EXAMPLE: −4.8e-4 at β = 0, −4.8e-5 at 4, +3.6e-4 at 8,
-    +9.0e-4 at 16, +5.2e-4 at 32. As β → ∞, β δπ(a*)/α → π(a*) [(1−π(a*))² + Σ_{j≠a*} π_j²], which
-    is positive (Lemma 3) and fixed (Lemma 4).
-    arms: (P, N), the groups. rewards: (P, K). beta: a number, or (P, 1). Returns (P,).
-    """
-    share = torch.full(arms.shape, 1 / arms.shape[1], dtype=rewards.dtype)  # (P, N), of each member
-    probs = torch.zeros_like(rewards).scatter_add_(1, arms, share)  # (P, K)
-    advantages = risk_sensitive_advantage(rewards.gather(1, arms), beta)  # (P, N)
-    best = rewards.argmax(1, keepdim=True)  # (P, 1)
-    score = (arms == best).double() - probs.gather(1, arms)  # (P, N)
-    return (probs.gather(1, best) * advantages * score).mean(1)
+# --- The command line -----------------------------------------------------------------------------
+def stop(sentence: str) -> None:
+    """Say in one sentence what is wrong, and exit with status 2."""
+    print(f"bandit.py: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
-def random_bandits(number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """10 arms: groups (P, 200) of policies from nearly even to nearly settled, rewards (P, 10)."""
-    rng = torch.Generator().manual_seed(seed)
-    scale = 3 * torch.rand(number, 1, generator=rng)
-    probs = (scale * torch.randn(number, 10, generator=rng)).softmax(1)
-    drawn = probs.multinomial(190, replacement=True, generator=rng)
-    every = torch.arange(10).repeat(number, 1)  # each arm at least once, so that none has π = 0
-    rewards = torch.rand(number, 10, dtype=torch.float64, generator=rng)
-    return torch.cat([every, drawn], 1), rewards
-
-
-def show_lemmas(args: argparse.Namespace) -> plt.Figure:
-    """Lemmas 2 to 4: δπ(a*)/α over β, for the worked example and for 1,000 random policies."""
-    policies = random_bandits(1_000, args.seed)
-    print(f"{'β':>6}   worked example: δπ(a*)/α   times β   random policies that raise π(a*)")
-    for beta in args.betas:
-        change = one_step_change(*EXAMPLE, beta).item()
-        raised = (one_step_change(*policies, beta) > 0).sum().item()
-        scaled = beta * change if beta else 0
-        print(f"{beta:>6g}   {change:>24.1e}   {scaled:>7.4f}   {raised:>32,}")
-    grid = torch.logspace(0, 6, 121, dtype=torch.float64)  # (G,), β from 1 to 1,000,000
-    raised = torch.stack([one_step_change(*policies, beta) for beta in grid]) > 0  # (G, P)
-    always = raised.any(0).sum()
-    print(f"some β from 1 to 1,000,000 raises π(a*) for {always:,} of the 1,000 random policies")
-
-    figure, (one, many) = plt.subplots(1, 2, figsize=(15, 6))
-    exact = 1e4 * one_step_change(*EXAMPLE, grid[:, None])
-    limit = 1e4 * 0.01 * (0.99**2 + 0.80**2 + 0.19**2) / grid
-    standard = 1e4 * one_step_change(*EXAMPLE, 0).item()
-    one.plot(grid, exact, color="C0", label="risk-sensitive")
-    one.plot(grid, limit, "k:", label="limit, as 1/β")
-    one.axhline(standard, color="C1", linestyle="--", label="standard, β = 0")
-    one.axhline(0, color="grey", linewidth=1)
-    one.set(title="One policy, settled on the second-best arm", ylim=(-6, 11))
-    one.set(ylabel="10⁴ × change of π(a*)")
-    one.legend()
-    standard = 100 * (one_step_change(*policies, 0) > 0).double().mean()
-    many.plot(grid, 100 * raised.double().mean(1), color="C0")
-    many.axhline(standard, color="C1", linestyle="--")
-    many.set(title="1,000 random policies", ylabel="percent that raise π(a*)", ylim=(75, 101))
-    for panel in (one, many):
-        panel.set(xlabel="β", xscale="log", xlim=(1, 10_000))
-        panel.xaxis.set_major_formatter("{x:,.0f}")
-    return figure
-
-
-def pass_at_4_advantage(groups: Tensor) -> Tensor:
-    """Pass@k training (Chen et al., arXiv 2508.10751) at k = 4: binary rewards (P, N) to (P, N)."""
-    n, rows = groups.shape[1], []
-    for group in groups:
-        wrong = n - int(group.sum())
-        miss = math.comb(wrong, 4) / math.comb(n, 4)  # no success among 4 samples
-        beside = math.comb(max(wrong - 1, 0), 3) / math.comb(n - 1, 3)  # … 3 beside a wrong one
-        std = math.sqrt(miss * (1 - miss)) + 1e-6
-        rows.append(torch.where(group == 1, miss / std, (miss - beside) / std))
-    return torch.stack(rows)
-
-
-def show_advantages(args: argparse.Namespace) -> plt.Figure:
-    """Figure 2: the advantage over continuous rewards, and over a prompt's accuracy p.
-
-    The risk-sensitive advantage depends on p alone, so large groups give smooth curves. An
-    estimator of pass@4 depends on N too: with fewer than 4 wrong samples of 16, any 4 of them hold
-    a correct one, so no sample makes a difference.
-    """
-    figure, ((continuous, correct), (wrong, whole)) = plt.subplots(2, 2, figsize=(12, 9))
-    evenly = torch.linspace(0, 1, 101, dtype=torch.float64)
-    many, sixteen = (torch.ones(n - 1, n, dtype=torch.float64).tril() for n in (1600, 16))
-    style = {"color": "black", "linewidth": 1, "marker": "s"}
-    curves = [("pass@4", sixteen, pass_at_4_advantage(sixteen), style)]  # 1 to N−1 correct, first
-    for beta, colour in zip(args.betas, dark_to_light(args.betas)):
-        continuous.plot(evenly, risk_sensitive_advantage(evenly[None], beta)[0], color=colour)
-        advantages = risk_sensitive_advantage(many, beta)
-        curves.append((f"β = {beta:g}", many, advantages, {"color": colour}))
-        whole.axvline(1 / (1 + math.exp(beta / 2)), color=colour, linestyle=":", linewidth=1.5)
-    print(f"{'':>8}   mean |Â| peaks at p   mean |Â| at p = 15/16")
-    for label, groups, advantages, style in curves:
-        p, total = groups.mean(1), advantages.abs().mean(1)
-        print(f"{label:>8}   {p[total.argmax()]:>19.3f}   {total[p == 15 / 16].item():>21.3f}")
-        panels = {correct: advantages[:, 0], wrong: advantages[:, -1], whole: total}
-        for panel, curve in panels.items():
-            panel.plot(p, curve, label=label, **style)
-            panel.set(xlabel="accuracy of the prompt, p", ylabel="advantage Â")
-    continuous.set(title="Rewards spread evenly from 0 to 1")
-    continuous.set(xlabel="reward of the sample", ylabel="advantage Â")
-    correct.set(title="A correct sample", ylim=(0, 4))
-    correct.legend()
-    wrong.set(title="A wrong sample", ylim=(-1, 0.05))
-    whole.set(title="The whole group, dotted: 1/(1+exp(β/2))")
-    whole.set(ylabel="mean |Â|", ylim=(-0.02, 0.55))
-    return figure
-
-
-def dark_to_light(betas: list[float]):
-    return plt.cm.plasma(torch.linspace(0, 0.9, len(betas)).tolist())
-
-
-OPTIONS = (
-    ("steps", 25_000, "updates of the bandit"),
-    ("seeds", 10, "runs of the bandit for each β"),
-    ("lr", 0.1, "learning rate of the bandit"),
-    ("batch", 16, "pulls of the bandit in each update"),
-    ("seed", 0, "first of the random seeds"),
-    ("out", Path("figures"), "folder for the picture"),
-)
+def check(setup: Setup) -> None:
+    """Stop if a setting is out of its bounds. Every comparison is one that nan fails."""
+    if not all(abs(beta) <= 1000 for beta in setup.betas):
+        stop("--betas must be from -1000 to 1000")
+    if setup.steps < 1 or setup.seeds < 1:
+        stop("--steps and --seeds must be at least 1")
+    if setup.batch < 2:
+        stop("--batch must be at least 2, as one pull alone has no advantage")
+    if setup.steps * setup.seeds * setup.batch > 10**8:
+        stop("--steps x --seeds x --batch must be at most 100 million")
+    if not 0 < setup.lr <= 1000:
+        stop("--lr must be above 0 and at most 1000")
+    if not 0 <= setup.seed < 2**32:
+        stop("--seed must be at least 0 and less than 2**32")
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser.description = __doc__.splitlines()[0]
+    parser.error = stop
+    option = parser.add_argument
+    option("--animate", action="store_true", help="draw bandit.gif instead")
+    option("--betas", type=float, nargs="+", help="values of β (0 2 4 8 16 32 64; animated, 0 8)")
+    option("--seeds", type=int, help="runs of each β (10; animated, 1)")
+    option("--steps", type=int, help="updates in each run (25000; animated, 5000)")
+    option("--batch", type=int, help="pulls in each update (16)")
+    option("--lr", type=float, help="learning rate (0.1)")
+    option("--seed", type=int, help="the first of the seeds (0)")
+    option("--out", type=Path, default="figures", help="folder of the picture (figures)")
+    given = vars(parser.parse_args(argv))
+    out = given.pop("out")
+    animated = given.pop("animate", False)
+    setup = Setup(**(ANIMATED | given if animated else given))
+    check(setup)
+    if animated and len(setup.betas) != 2:
+        stop("--animate needs two --betas to compare")
     torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     plt.switch_backend("agg")  # needs no display
     plt.rcParams.update({"font.size": 15, "lines.linewidth": 3})
-    plt.rcParams.update({"figure.constrained_layout.use": True})
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.error = lambda message: parser.exit(2, f"bandit.py: {message}\n")  # no usage
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--lemmas", action="store_true", help="show Lemmas 2 to 4 instead")
-    mode.add_argument("--advantages", action="store_true", help="show Figure 2 instead")
-    which = "values of β (0 2 4 8 16 32 64; with --advantages 0 2 4 8)"
-    parser.add_argument("--betas", type=float, nargs="+", help=which)
-    for name, default, text in OPTIONS:
-        kind = {"type": type(default), "default": default}
-        parser.add_argument(f"--{name}", help=f"{text} (%(default)s)", **kind)
-    args = parser.parse_args(argv)
-    args.betas = args.betas or ([0, 2, 4, 8] if args.advantages else [0, 2, 4, 8, 16, 32, 64])
-    finite = all(abs(beta) <= 1000 for beta in args.betas)  # nan isn't
-    pulls = args.steps * args.seeds * args.batch
-    for holds, rule in [
-        (finite, "--betas must be from -1000 to 1000"),
-        (min(args.steps, args.seeds) >= 1, "--steps and --seeds must be at least 1"),
-        (args.batch >= 2, "--batch must be at least 2, as one pull alone has no advantage"),
-        (pulls <= 10**8, "--steps x --seeds x --batch must be at most 100 million"),
-        (0 < args.lr <= 1000, "--lr must be above 0 and at most 1000"),
-        (0 <= args.seed < 2**32, "--seed must be at least 0 and less than 2**32"),
-    ]:
-        if not holds:
-            parser.error(rule)
-    name = "lemmas" if args.lemmas else "advantages" if args.advantages else "bandit"
-    show = {"lemmas": show_lemmas, "advantages": show_advantages, "bandit": show_bandit}[name]
+    path = out / ("bandit.gif" if animated else "bandit.png")
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        show(args).savefig(args.out / f"{name}.png")
+        out.mkdir(parents=True, exist_ok=True)
+        if animated:
+            animate(setup, learn(setup), path)
+        else:
+            curve = run(setup)
+            print_table(setup, curve)
+            draw(setup, curve).savefig(path)
     except OSError as error:
-        parser.error(f"can't write: {error}")
-    print(f"drew {args.out / name}.png")
+        stop(f"can't write: {error}")
+    print(f"drew {path}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 verl imports what VERL_USE_EXTERNAL_MODULES names wherever it is imported itself, so nothing of verl
 is edited:
 
-    export PYTHONPATH=$PWD/experiments VERL_USE_EXTERNAL_MODULES=verl_rs_grpo
+    export PYTHONPATH=$PWD VERL_USE_EXTERNAL_MODULES=extensions.verl_rs_grpo
     python -m verl.trainer.main_ppo algorithm.adv_estimator=rs_grpo +algorithm.rs_beta=2 \\
         actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-1.5B actor_rollout_ref.actor.optim.lr=1e-6 \\
         data.train_files=train.parquet data.val_files=test.parquet data.train_batch_size=128 \\
@@ -18,16 +18,13 @@ The plus is needed because verl's configuration has no rs_beta of its own; left 
 variables before each node's `ray start`. Written against verl 0.9.1.
 """
 
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 from verl.trainer.ppo.core_algos import register_adv_est
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rs_grpo import risk_sensitive_advantage  # noqa: E402
+from rs_grpo import risk_sensitive_advantage
 
 
 @register_adv_est("rs_grpo")

@@ -1,6 +1,6 @@
 """Make `countdown-base/`, the small and sharply peaked policy that RS-GRPO starts from.
 
-    python experiments/pretrain.py                    # some four minutes on two CPU cores
+    python -m evidence.pretrain                       # some four minutes on two CPU cores
 
 A Llama of 0.87 M parameters reads `4,7,9,12=48:` and writes an expression. Of twenty that it learns
 from nineteen are additive chains (`9+12-4-7`) and one is a random tree over + - * / (such as
@@ -10,18 +10,15 @@ that the risk-sensitive objective is made for.
 
 No problem of the held-out tenth (`is_held_out`) is ever seen here. The problems to train and to be
 judged on, prompts of random trees on either side of that line, are written beside the model: of
-four numbers train.txt and held-out.txt; of three, with whole intermediate results, train-3.txt and
-held-out-3.txt, for a pretrained model and `rs_grpo.py --task countdown-text`.
+four numbers train.txt and held-out.txt; of three, in words and with whole intermediate results,
+train-3.txt and held-out-3.txt, for a pretrained model and `rs_grpo.py --task countdown-text`.
 """
-
-from __future__ import annotations
 
 import argparse
 import operator
 import random
 import re
 import string
-import sys
 import zlib
 from collections.abc import Iterable
 from fractions import Fraction
@@ -29,19 +26,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from rs_grpo import EXAMPLES  # noqa: E402
+from rs_grpo import EMBEDDED, EXAMPLES
 
-OPERATORS = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": Fraction,
-}  # on integers and fractions: exact
+# On integers and fractions, so that results are exact.
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}
 CHAIN_SHARE = 0.9
 BATCH = 256
 LEARNING_RATE = 3e-3
@@ -110,6 +103,12 @@ def problems(size: int, count: int, held_out: bool) -> list[str]:
     return list(prompts)
 
 
+def in_words(prompt: str) -> str:
+    """`Numbers: 2, 3, 5. Target: 11. Answer:` for `2,3,5=11:`, as EXAMPLES ask it."""
+    numbers, target = prompt.removesuffix(":").split("=")
+    return f"Numbers: {numbers.replace(',', ', ')}. Target: {target}. Answer:"
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; `<pad>` fills up and `<eos>` ends a completion."""
     symbols = ["<pad>", "<eos>", "<unk>", *string.digits, *"+-*/()", ",", "=", ":"]
@@ -162,9 +161,7 @@ def example(rng: random.Random) -> tuple[str, str]:
             return prompt, text
 
 
-def batch(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """Token ids (B, L), padded on the right, and labels (B, L), −100 on prompt and padding."""
     rows, labels = [], []
     for prompt, text in (example(rng) for _ in range(BATCH)):
@@ -172,21 +169,16 @@ def batch(
         answer_ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         rows.append(torch.tensor(prompt_ids + answer_ids))
         labels.append(torch.tensor([-100] * len(prompt_ids) + answer_ids))
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    return ids, pad(labels, batch_first=True, padding_value=-100)
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    return ids, pad_sequence(labels, batch_first=True, padding_value=-100)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options = {
-        "out": (ROOT / "countdown-base", "folder to write; rs_grpo.py reads countdown-base/ only"),
-        "steps": (600, "optimizer steps of 256 examples"),
-        "seed": (0, "of the examples and of the first weights"),
-    }
-    for name, (default, text) in options.items():
-        kind = {"type": Path if name == "out" else int, "default": default}
-        parser.add_argument(f"--{name}", help=f"{text} (default: %(default)s)", **kind)
+    parser = argparse.ArgumentParser("pretrain", description=__doc__.splitlines()[0])
+    flag = parser.add_argument
+    flag("--out", type=Path, default=EMBEDDED, help="folder to write (default: countdown-base)")
+    flag("--steps", type=int, default=600, help="of 256 examples each (default: 600)")
+    flag("--seed", type=int, default=0, help="of examples and first weights (default: 0)")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -212,8 +204,9 @@ def main() -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     for name, size, count, held_out in PROBLEMS:
-        lines = [f"{prompt}\n" for prompt in problems(size, count, held_out)]
-        (args.out / name).write_text("".join(lines))
+        prompts = problems(size, count, held_out)
+        lines = prompts if size == 4 else map(in_words, prompts)
+        (args.out / name).write_text("\n".join(lines) + "\n")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {args.out}")
 
 

@@ -1,40 +1,31 @@
 """RS-GRPO on TRL: GRPOTrainer with `risk_sensitive_advantage`, for many GPUs and vLLM.
 
-    pip install -r experiments/requirements.txt    # for the last two, "trl[vllm]==1.16.0" deepspeed
-    accelerate launch --num_processes 8 experiments/trl_rs_grpo.py --model Qwen/Qwen2.5-Math-1.5B \\
+    pip install -r extensions/requirements.txt
+    accelerate launch --num_processes 8 -m extensions.trl_rs_grpo --model Qwen/Qwen2.5-Math-1.5B \\
         --data train.jsonl
-    accelerate launch --num_processes 8 experiments/trl_rs_grpo.py --model Qwen/Qwen2.5-Math-1.5B \\
-        --data train.jsonl --use_vllm    # sample with vLLM, on the same GPUs
-    accelerate launch --num_processes 8 --use_deepspeed --zero_stage 3 experiments/trl_rs_grpo.py \\
-        --model Qwen/Qwen2.5-7B --data train.jsonl --use_vllm    # too large for one GPU: sharded
 
 The data is a .jsonl file with `problem` and `answer`, or a name such as gsm8k; every option of
-TRL's GRPOConfig is one here too. A trainer of your own needs only the class below, for GRPOTrainer,
-with GRPOConfig(scale_rewards="none").
+TRL's GRPOConfig is one here too. A script of your own needs only the class below, in place of
+GRPOTrainer, with GRPOConfig(scale_rewards="none"). vLLM and sharding: extensions/README.md.
 """
-
-import sys
-from pathlib import Path
 
 import datasets
 import torch
 from transformers import HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments.mathematics import BOXED, load_problems, math_rewards  # noqa: E402
-from rs_grpo import risk_sensitive_advantage  # noqa: E402
+from extensions.problems import BOXED, load_problems
+from extensions.verifier import math_rewards
+from rs_grpo import risk_sensitive_advantage
 
 
 class RSGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with the risk-sensitive advantage; written for trl 1.16.0.
 
-    `beta_risk` is the β of RS-GRPO, 0 the mean baseline. It isn't called beta because
-    GRPOConfig(beta=...) is the weight of TRL's KL penalty (0 by default, as in the paper).
-
-    Raises ValueError unless args has scale_rewards="none" and
-    multi_objective_aggregation="sum_then_normalize": only then does TRL hand out r − mean(r), and
-    the advantage of that is the advantage of r, since a constant cancels.
+    `beta_risk` is the β of RS-GRPO; 0 is the mean baseline. GRPOConfig(beta=...) is the weight of
+    TRL's KL penalty (0 by default, as in the paper). Raises ValueError unless args has
+    scale_rewards="none" and multi_objective_aggregation="sum_then_normalize": only then does TRL
+    hand out r − mean(r), whose advantage is that of r, since a constant cancels.
     """
 
     def __init__(self, model, reward_funcs, args, *rest, beta_risk=2.0, **more):
@@ -51,7 +42,7 @@ class RSGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args):
         # (B, reward functions), of all processes; NaN where one of them gave None
         rewards = super()._calculate_rewards(*args)
-        self._scored = ~rewards.isnan().all(1)  # (B,)
+        self._scored = ~rewards.isnan().all(1).cpu()  # (B,)
         return rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -59,8 +50,7 @@ class RSGRPOTrainer(GRPOTrainer):
         mine = output["advantages"]  # (B / processes,): r − mean(r)
         rewards = self.accelerator.gather(mine).cpu()  # (B,): makes groups on two processes whole
         samples = self.num_generations if self.model.training else self.num_generations_eval
-        scored = self._scored.cpu()  # (B,)
-        advantages = regrouped_advantage(rewards, scored, samples, self.beta_risk)  # (B,)
+        advantages = regrouped_advantage(rewards, self._scored, samples, self.beta_risk)  # (B,)
         start = self.accelerator.process_index * len(mine)
         output["advantages"] = advantages[start : start + len(mine)].to(mine)
         log = self._logs["advantages"]  # a deque for log_completions; TRL's advantages end it
@@ -91,29 +81,29 @@ def answer_reward(completions, answer, **unused):
 
 def main(arguments=None):
     parser = HfArgumentParser(GRPOConfig, description=__doc__.splitlines()[0])
-    model = "hub id or folder of a model with a chat template"
-    parser.add_argument("--model", required=True, help=model)
-    data = ".jsonl file with problem and answer, or a set of mathematics.py"
-    parser.add_argument("--data", required=True, help=data)
-    risk = "risk sensitivity; --beta is TRL's KL weight"
-    parser.add_argument("--beta_risk", type=float, default=2.0, help=risk)
-    # The paper's 16 samples; with 8 processes 64 prompts a step. TRL keeps float32 weights and
-    # computes in bfloat16.
+    about = "hub id or folder of a model with a chat template"
+    parser.add_argument("--model", required=True, help=about)
+    about = ".jsonl file with problem and answer, or a set that extensions/problems.py names"
+    parser.add_argument("--data", required=True, help=about)
+    about = "risk sensitivity; --beta is TRL's KL weight"
+    parser.add_argument("--beta_risk", type=float, default=2.0, help=about)
+    # The paper's 16 samples; with 8 processes 64 prompts a step. TRL computes in bfloat16.
     parser.set_defaults(scale_rewards="none", num_generations=16, max_completion_length=2048)
     parser.set_defaults(per_device_train_batch_size=8, gradient_accumulation_steps=16)
     parser.set_defaults(max_steps=200, lr_scheduler_type="constant")
-    config, args = parser.parse_args_into_dataclasses(arguments)
+    config, given = parser.parse_args_into_dataclasses(arguments)
     try:
-        problems = load_problems(args.data, evaluating=False)
+        problems = load_problems(given.data, evaluating=False)
     except ValueError as error:
         parser.error(str(error))
     rows = []
-    for problem, solution, _ in problems:
+    for problem, answer in problems:
         turn = {"role": "user", "content": f"{problem}\n{BOXED}"}
-        rows.append({"prompt": [turn], "answer": solution})
+        rows.append({"prompt": [turn], "answer": answer})
     rows = datasets.Dataset.from_list(rows)
-    more = {"train_dataset": rows, "beta_risk": args.beta_risk}
-    trainer = RSGRPOTrainer(args.model, answer_reward, config, **more)
+    trainer = RSGRPOTrainer(
+        given.model, answer_reward, config, train_dataset=rows, beta_risk=given.beta_risk
+    )
     trainer.train()
     trainer.save_model()
 
