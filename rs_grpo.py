@@ -1,37 +1,38 @@
 """Risk-Sensitive GRPO (arXiv 2509.24261) in one file, from prompt to pass@k.
 
-Reinforcement learning with verifiable rewards improves a language model's first answer, but it can
-make the best of many answers worse. The mean reward rises fastest if the kinds of answer that the
-model already gives become more likely. Kinds that it rarely gives become rarer meanwhile, and with
-them go the problems that only they solve: a local optimum. RS-GRPO maximises another objective. For
-a prompt x, completions y ~ π(·|x) and their rewards r(y), it is
+Reinforcement learning with verifiable rewards improves a language model's first answer, but the
+best of many answers can get worse. Answers of a common kind are sampled most, so they shape the
+gradient of the mean reward: they become more likely, and rare kinds rarer. Problems that only a
+rare kind of answer solves are lost, and training ends in a local optimum. RS-GRPO maximises another
+objective. For a prompt x, completions y ~ π(·|x) and their rewards r(y), it is
 
-    J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the best of all samples for β → ∞
-
-The first line of its gradient is the chain rule, with ∇E[f(y)] = E[f(y) ∇log π(y|x)], the identity
-behind every policy gradient. The second subtracts 1/β from the factor of every sample: a constant
-is a baseline and changes nothing in expectation, since E[∇log π] = 0.
+    J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the largest possible for β → ∞
 
     ∇J_β = (1/β) ∇E[exp(βr)] / E[exp(βr)] = E[ (1/β) exp(βr)/E[exp(βr)] · ∇log π ]
          = E[ A ∇log π ]   with the advantage   A = (1/β) (exp(βr)/E[exp(βr)] − 1)
 
-The prompt's N samples, its group, estimate A: their mean replaces the expectation, with a bias that
-vanishes as N grows. This one function changes, `risk_sensitive_advantage`; GRPO's own advantage is
+The first line of the gradient is the chain rule, with ∇E[f(y)] = E[f(y) ∇log π(y|x)], the identity
+behind every policy gradient. The second subtracts the constant 1/β. This is a baseline: it changes
+no expectation, since E[∇log π] = 0.
+
+We estimate A from a prompt's N samples, its group, and use their mean for the expectation, with a
+bias that vanishes as N grows. Only this function differs from GRPO, which takes the advantage
 (r − mean(r)) / std(r). A training step: 1. take P prompts; 2. sample N completions of each;
 3. judge them by a rule; 4. turn rewards into advantages; 5. take one step along the policy
 gradient, with its norm clipped and the learning rate warmed up. There is no value network, reward
-model, KL penalty or reference model. In percent of 256 held-out problems, means of five seeds:
+model, KL penalty or reference model. The chance that at least one of k samples is right (pass@k),
+in percent on 256 held-out problems, mean of five seeds:
 
-    chance that one of k samples is right    k = 1   k = 32   k = 256
-    the model before training                 19.0     47.3      66.1
-    trained with GRPO                         28.3     46.7      56.6
-    trained with β = 2                        27.3     59.1      66.0
+                                             k = 1    k = 32    k = 256
+    the model before training                 19.0      47.3       66.1
+    trained with GRPO                         28.3      46.7       56.6
+    trained with β = 2                        27.3      59.1       66.0
 
     python rs_grpo.py                     # train the embedded model on Countdown, and test it
     python rs_grpo.py --advantage grpo    # the same with GRPO
     python rs_grpo.py --model HuggingFaceTB/SmolLM2-360M-Instruct --task countdown-text --lr 1e-5
 
-Legend: P prompts a step, N samples of each, B = P·N completions; R rows of a batch; L tokens of a
+Legend: P prompts per step, N samples of each, B = P·N completions; R rows of a batch; L tokens of a
 prompt, T of a completion; D the model's width, V its vocabulary.
 """
 
@@ -42,12 +43,14 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from ast import Add, Div, Mult, Sub
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
+from functools import partial
 from operator import add, mul, sub
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,22 +66,26 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
 
 
+class BadInput(ValueError):
+    """An error that the user can fix: one sentence that says what was wrong and what to do."""
+
+
 # --- Advantages: the one function that changes, and its rival -------------------------------------
 def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     """The advantage whose policy gradient is that of (1/β) log E[exp(βr)] (Theorem 1).
 
         Â_i = (1/β) ( exp(βr_i) / mean_j exp(βr_j) − 1 )        r_i − mean_j r_j for β → 0
 
-    The advantage of a correct / of a wrong one of 16 samples, if c of them are correct:
-                   c = 1          c = 4          c = 8         c = 15
-        β = 0   .938/−.063     .750/−.250     .500/−.500     .063/−.938
-        β = 2   2.140/−.143    .922/−.307     .381/−.381     .029/−.428
-        β = 8   1.865/−.124    .374/−.125     .125/−.125     .008/−.125
-    Compared with c = 8, a correct sample at c = 1 weighs 2 times as much with β = 0, 6 times with
-    β = 2 and 15 times with β = 8: a larger β moves the gradient to prompts that are hardly ever
-    solved, where pass@k has most to gain. Compare within a row only, as scales differ.
+    Advantage of a correct / wrong sample when c of 16 are correct, and the ratio of a correct one's
+    at c = 1 to that at c = 8. The larger β is, the more the gradient turns to prompts that are
+    hardly ever solved, where pass@k has most to gain:
+                   c = 1          c = 4          c = 8         c = 15       ratio
+        β = 0   .938/−.063     .750/−.250     .500/−.500     .063/−.938      1.9
+        β = 2   2.140/−.143    .922/−.307     .381/−.381     .029/−.428      5.6
+        β = 8   1.865/−.124    .374/−.125     .125/−.125     .008/−.125     14.9
+        GRPO    3.873/−.258    1.732/−.577       1/−1        .258/−3.873     3.9
     rewards: (P, N), binary or continuous. beta: a number or (P, 1); below 0 it is averse to risk.
-    Returns (P, N) in the dtype of `rewards`, float32 for integers; each row sums to zero, and is
+    Returns (P, N) in the dtype of `rewards`, float32 for integers. A row sums to zero, and is
     exactly 0 where its rewards are equal. Raises ValueError for other shapes, infinity and nan.
     """
     r = rewards.to("cpu", torch.float64)  # (P, N); not every device has float64
@@ -90,11 +97,11 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     if not (beta * r).isfinite().all():
         raise ValueError(f"rewards and beta must be finite: {rewards}, {beta}")
     neutral = beta.abs() < 1e-8
-    beta = torch.where(neutral, 1.0, beta)
+    beta = torch.where(neutral, 1.0, beta)  # no division by 0
     r = r - r.amax(1, keepdim=True)  # a constant cancels, and equal rewards are exactly 0
     mean_baseline = r - r.mean(1, keepdim=True)
     exponent = beta * r
-    weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # never overflows, nor for β < 0
+    weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # at most 1, also for β < 0
     risk_sensitive = (weight / weight.mean(1, keepdim=True) - 1) / beta
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
     return torch.where(neutral, mean_baseline, risk_sensitive).to(rewards.device, dtype)
@@ -102,14 +109,14 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
 
 def grpo_advantage(rewards: Tensor) -> Tensor:
     """Â_i = (r_i − mean(r)) / (std(r) + 1e-6), with the population's std (GRPO, arXiv 2402.03300).
-    Σ|Â| is as large at c = 15 (.258/−3.873) as at c = 1 (3.873/−.258): hard prompts gain nothing.
+    It pushes as hard against the last wrong answer (c = 15) as for the first correct one (c = 1).
     """
     advantages = risk_sensitive_advantage(rewards, 0.0)  # the mean baseline (P, N)
     std = advantages.std(1, keepdim=True, correction=0)  # (P, 1)
     return advantages / (std + 1e-6)
 
 
-ADVANTAGES = {  # add your own: from rewards (P, N) and a Config to advantages (P, N)
+ADVANTAGES = {  # add your own: a function of rewards (P, N) and a Config; advantages (P, N)
     "rs": lambda rewards, config: risk_sensitive_advantage(rewards, config.beta),
     "grpo": lambda rewards, config: grpo_advantage(rewards),
 }
@@ -120,23 +127,23 @@ EMBEDDED = Path(__file__).resolve().parent / "countdown-base"  # the model besid
 OPERATORS = {Add: add, Sub: sub, Mult: mul, Div: Fraction}  # division is exact
 EXAMPLES = """Numbers: 2, 3, 5. Target: 11. Answer: 2 * 3 + 5
 Numbers: 1, 4, 8. Target: 28. Answer: (8 - 1) * 4
-"""  # these show a pretrained model the format
+"""  # these show a pretrained model the format; train-3.txt asks in it
 
 
 class Task(NamedTuple):
-    train: list  # problems, each a question and the answer that the judge needs
+    train: list  # problems: pairs of a question and whatever its judge needs, its answer
     held_out: list
-    encode: Any  # function of (tokenizer, questions): the token ids of each prompt
-    judge: Any  # function of (completions as text, answer of each): rewards; 1 is solved
+    encode: Any  # a function of a tokenizer and questions; the token ids of each prompt
+    judge: Any  # a function of completions, as text, and the answer of each; rewards, 1 if solved
     max_tokens: int = 20  # of a completion
-    stop: str = ""  # a token whose text contains it ends a completion, as EOS does
+    stop: str = ""  # text that ends a completion, as EOS does; "" is none
 
 
-def countdown(config, size="", examples="", max_tokens=20, stop=""):
+def countdown(config, suffix="", examples="", max_tokens=20, stop=""):
     """The Task of reaching a target with some numbers: `4,7,9,12=48:` asks for `12*7-9*4`."""
     return Task(
-        train=read_problems(f"train{size}.txt"),
-        held_out=read_problems(f"held-out{size}.txt")[: config.eval_problems],
+        train=read_problems(f"train{suffix}.txt"),
+        held_out=read_problems(f"held-out{suffix}.txt")[: config.eval_problems],
         encode=lambda tokenizer, questions: tokenizer([examples + q for q in questions]).input_ids,
         judge=countdown_rewards,
         max_tokens=max_tokens,
@@ -144,8 +151,8 @@ def countdown(config, size="", examples="", max_tokens=20, stop=""):
     )
 
 
-IN_WORDS = {"size": "-3", "examples": EXAMPLES, "max_tokens": 14, "stop": "\n"}
-TASKS = {  # add your own: from a Config to a Task
+IN_WORDS = {"suffix": "-3", "examples": EXAMPLES, "max_tokens": 14, "stop": "\n"}
+TASKS = {  # add your own: a function of a Config; a Task
     "countdown": countdown,
     "countdown-text": lambda config: countdown(config, **IN_WORDS),
 }
@@ -169,8 +176,8 @@ def countdown_rewards(completions, answers):
 
 
 def countdown_value(completion, numbers):
-    """The exact value of its first line, or None unless that is an expression of these numbers.
-    A completion is hostile input: it is parsed, within bounds, and never evaluated.
+    """The exact value of a completion's first line, or None if it doesn't use just these numbers.
+    A completion is hostile input: at most 100 characters are parsed, and nothing goes to `eval`.
     """
     line = completion.partition("\n")[0].strip()
     if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", line):
@@ -198,20 +205,20 @@ class Policy(NamedTuple):  # a causal language model, and what sampling and lear
     model: Any  # its weights are float32
     tokenizer: Any
     stop_ids: set  # the tokens that end a completion: EOS, and those that contain the task's `stop`
-    cache_name: str  # the model's word for its cache of keys and values
-    autocast: Any  # function that opens the context in which products have the right precision
+    cache_name: str  # the argument of the model's forward pass that takes the KV cache
+    autocast: Any  # opens the torch.autocast context for forward passes
 
 
 @torch.no_grad()
 def sample(policy, prompts, samples, max_tokens, temperature, generator):
     """Draw N = `samples` completions of each of P prompts from softmax(logits / temperature).
-    What is equal is computed once. A row stands for `count` samples of a prompt that are equal so
-    far. It draws `count` tokens, and each different token makes a row of the next round, which
-    stands for the samples that drew it. Prompts and completions are tuples of token ids. Returns B
-    completions, group by group, and the policy's entropy, estimated by the mean of −log π.
+    Samples of a prompt that have the same tokens so far share a row, so that what is equal is
+    computed once. A row of `count` samples draws `count` tokens. Each distinct token makes a row of
+    the next round, for the samples that drew it. Prompts and completions are tuples of token ids.
+    Returns B completions, group by group, and the entropy in nats per token, as the mean of −log π.
     """
     hidden, mask, cache = prefill(policy, prompts)  # (R, D), (R, tokens so far), with R = P
-    rows = [(prompt, (), samples) for prompt in range(len(prompts))]
+    rows = [(i, (), samples) for i in range(len(prompts))]  # prompt's index, tokens so far, count
     groups = [[] for _ in prompts]
     surprise = 0.0  # the sum of −log π over all drawn tokens
     for length in range(1, max_tokens + 1):
@@ -219,19 +226,21 @@ def sample(policy, prompts, samples, max_tokens, temperature, generator):
         if not probs[:, 0].isfinite().all():  # one infinite logit makes its whole row nan
             raise BadInput("infinite logits; start again with a lower --lr or --precision bfloat16")
         most = max(count for _, _, count in rows)
-        draws = probs.multinomial(most, replacement=True, generator=generator)  # (R, most)
+        draws = probs.multinomial(
+            most, replacement=True, generator=generator
+        )  # a row takes `count`
         logprobs = probs.gather(1, draws).log().tolist()
         draws = draws.tolist()
-        next_rows, newest, parents = [], [], []  # newest token, and the row that it continues
-        for row, (prompt, tokens, count) in enumerate(rows):
+        next_rows, newest, parents = [], [], []  # each with its newest token and its parent row
+        for row, (i, tokens, count) in enumerate(rows):
             surprise -= sum(logprobs[row][:count])
             drawn = Counter(draws[row][:count])
-            for token, equal in drawn.items():
+            for token, times in drawn.items():
                 longer = (*tokens, token)
                 if token in policy.stop_ids or length == max_tokens:
-                    groups[prompt] += [longer] * equal
+                    groups[i] += [longer] * times
                 else:
-                    next_rows.append((prompt, longer, equal))
+                    next_rows.append((i, longer, times))
                     newest.append([token])
                     parents.append(row)
         if not next_rows:
@@ -259,15 +268,15 @@ def prefill(policy, prompts):
 
 def hidden_states(policy, ids, mask, cache):
     """Final hidden states (R, S, D) of token ids (R, S), which follow the cache and join it."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # the mask is False on padding: no position
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # the mask is False on padding: it isn't counted
     positions = positions[:, -ids.shape[1] :]  # (R, S)
     inputs = {"attention_mask": mask, "position_ids": positions, policy.cache_name: cache}
     return policy.model.base_model(ids, **inputs)[0]
 
 
 def select_rows(cache, rows):
-    """Let the cache hold these of its rows, in this order, each as often as it is named."""
-    for layer in cache.layers:  # keys[rows] has a gradient that differs from run to run on a CPU
+    """Replace the rows of the cache by these of them; a row may repeat."""
+    for layer in cache.layers:  # on a CPU index_select has a deterministic gradient, unlike [rows]
         layer.keys = layer.keys.index_select(0, rows)
         layer.values = layer.values.index_select(0, rows)
 
@@ -285,12 +294,12 @@ def pad(policy, rows, side):
 
 
 class Rollouts(NamedTuple):  # B completions, those of a prompt (its group of N) together
-    questions: list  # P prompts, as text
+    questions: list  # P of them
     prompts: list  # B tuples of token ids: the prompt of each completion
     completions: list  # B tuples of token ids
     texts: list  # B completions, as text
     rewards: Tensor  # (P, N)
-    entropy: float  # of the policy, estimated on them, in nats a token
+    entropy: float  # of the policy, estimated on them, in nats per token
 
     @property
     def tokens(self):
@@ -300,14 +309,14 @@ class Rollouts(NamedTuple):  # B completions, those of a prompt (its group of N)
 def roll_out(policy, task, problems, n, config, generator):
     """Sample n completions of each problem, and judge them: Rollouts."""
     questions = [question for question, _ in problems]
-    prompts = [tuple(ids) for ids in task.encode(policy.tokenizer, questions)]
+    encoded = [tuple(ids) for ids in task.encode(policy.tokenizer, questions)]
     longest = config.max_tokens or task.max_tokens
     with policy.autocast():
-        completions, entropy = sample(policy, prompts, n, longest, config.temperature, generator)
+        completions, entropy = sample(policy, encoded, n, longest, config.temperature, generator)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    prompts = [prompt for prompt in prompts for _ in range(n)]
+    prompts = [prompt for prompt in encoded for _ in range(n)]
     answers = [answer for _, answer in problems for _ in range(n)]
-    rewards = torch.tensor(task.judge(texts, answers))  # (B,)
+    rewards = torch.tensor(task.judge(texts, answers), dtype=torch.float32)  # (B,)
     rewards = rewards.view(-1, n)  # (P, N)
     return Rollouts(questions, prompts, completions, texts, rewards, entropy)
 
@@ -326,7 +335,7 @@ def completion_logprobs(policy, prompts, completions, temperature):
     if ids.shape[1] > 1:
         select_rows(cache, owner)  # from P rows to B
         attended = torch.cat([prompt_mask[owner], mask[:, :-1]], 1)  # (B, L+T−1)
-        later = hidden_states(policy, ids[:, :-1], attended, cache)  # token t predicts token t + 1
+        later = hidden_states(policy, ids[:, :-1], attended, cache)
         hidden = torch.cat([hidden, later], 1)  # (B, T, D): hidden[:, t] predicts ids[:, t]
     logprobs = token_logprobs(policy, hidden[mask], ids[mask], temperature)
     padded = torch.zeros(ids.shape, device=ids.device)
@@ -335,7 +344,7 @@ def completion_logprobs(policy, prompts, completions, temperature):
 
 def token_logprobs(policy, hidden, ids, temperature):
     """log softmax(logits / temperature) at `ids`, of M tokens: (M, D) and (M,) to (M,).
-    Logits, the largest tensor by far, are there for some tokens at a time, and computed twice.
+    Logits are the largest tensor by far: a part exists at a time, and backward computes it again.
     """
 
     def some_logprobs(hidden, ids):
@@ -351,8 +360,8 @@ def token_logprobs(policy, hidden, ids, temperature):
 
 
 def micro_batches(rollouts, advantages, micro_tokens):
-    """Cut a batch into (prompts, completions, weights), each of `micro_tokens` tokens at most.
-    Equal completions of a prompt have equal gradients: one learns for all, with their summed Â.
+    """Cut a batch into (prompts, completions, weights), padded to `micro_tokens` tokens at most.
+    Equal completions of a prompt have equal gradients: one stands for all, with their summed Â.
     """
     weights = Counter()
     rows = zip(rollouts.prompts, rollouts.completions)
@@ -360,8 +369,8 @@ def micro_batches(rollouts, advantages, micro_tokens):
         weights[row] += advantage
     rows = [row for row in weights if weights[row] != 0]  # the others have no gradient
     rows.sort(key=lambda row: (row[0], len(row[1])))  # group by group, like lengths together
-    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
-    size = max(1, micro_tokens // max(lengths, default=1))
+    width = sum(max(map(len, column)) for column in zip(*rows))
+    size = max(1, micro_tokens // max(1, width))
     batches = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
@@ -376,24 +385,24 @@ def policy_gradient(policy, rollouts, advantages, config, logprobs=completion_lo
         loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)
     Its gradient is minus the policy gradient, up to scale; its value means nothing. PPO's ratio
     π/π_old is missing: the policy that sampled is the one that learns, so the ratio is 1, and
-    ratio·Â and Â·log π have the same gradient. The divisor counts all tokens, also where Â = 0, so
-    that each weighs the same (DAPO, arXiv 2503.14476). It comes last, in float32: in float16 the
-    gradient of a mean underflows, and that of a sum doesn't. This replaces a loss scaler.
+    ratio·Â and Â·log π have the same gradient. One divisor for the whole batch gives every token
+    the same weight; tokens with Â = 0 count, too (DAPO, arXiv 2503.14476). We divide `.grad`, in
+    float32: dividing the loss would let gradients underflow in float16. No loss scaler is needed.
     """
     for prompts, completions, weights in micro_batches(rollouts, advantages, config.micro_tokens):
         with policy.autocast():
             logps = logprobs(policy, prompts, completions, config.temperature)  # (B', T)
         weights = torch.tensor(weights, device=logps.device)  # (B',)
-        loss = -(weights[:, None] * logps).sum()  # the same weight on every token
-        loss.backward()
+        total = -(weights[:, None] * logps).sum()  # the same weight on every token
+        total.backward()
     for parameter in policy.model.parameters():
         if parameter.grad is not None:
             parameter.grad /= rollouts.tokens
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them correct, hold a correct one (arXiv 2107.03374).
-    It is 1 − C(n−c,k)/C(n,k), an unbiased estimate. Raises ValueError for other counts.
+    """Of n samples c are correct: the chance that k of the n include a correct one.
+    It is 1 − C(n−c,k)/C(n,k), which is unbiased (arXiv 2107.03374). Raises ValueError.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
@@ -401,11 +410,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def evaluate(policy, task, config):
-    """Counts of correct and of different correct completions by problem, and pass@k in percent."""
+    """Counts of correct and of distinct correct completions by problem, and pass@k in percent."""
     n = config.eval_samples
     correct, distinct = [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
-    at_once = max(1, config.prompts * config.samples // n)  # problems: as many rows as in a step
+    at_once = max(1, config.prompts * config.samples // n)  # problems, for as many rows as a step
     for start in trange(0, len(task.held_out), at_once, desc="evaluating", leave=False):
         problems = task.held_out[start : start + at_once]
         rollouts = roll_out(policy, task, problems, n, config, generator)
@@ -423,7 +432,7 @@ def evaluate(policy, task, config):
 
 # --- Training -------------------------------------------------------------------------------------
 def flag(default, help, least=None, above=None):
-    """A setting: its default, what --help says of it, and the bound of a number."""
+    """A setting: its default, its help, and a number's bound: from `least` on, or `above` it."""
     if type(default) in (int, float) and least is None and above is None:
         raise TypeError(f"the number {default} ({help}) needs a bound, least or above")
     metadata = {"help": help, "least": least, "above": above}
@@ -432,22 +441,26 @@ def flag(default, help, least=None, above=None):
 
 @dataclass(frozen=True)
 class Config:  # each setting is a flag of the command line
-    advantage: str = flag("rs", "rs or grpo")
+    advantage: str = flag("rs", "rs or grpo; extensions/estimators.py has others")
     beta: float = flag(2.0, "risk sensitivity of rs; 0 is the mean baseline", above=-math.inf)
     samples: int = flag(16, "completions of a prompt, its group", least=2)
     model: str = flag(EMBEDDED.name, "the embedded one, or a causal language model's folder or id")
-    task: str = flag("countdown", "countdown, or countdown-text for a pretrained model")
+    task: str = flag(
+        "countdown", "countdown or, pretrained, countdown-text; extensions/ has others"
+    )
     steps: int = flag(800, "training steps; 0 only evaluates", least=0)
     lr: float = flag(5e-5, "AdamW's learning rate; try 2e-5 to 1e-6 on pretrained models", above=0)
-    prompts: int = flag(32, "prompts a step", least=1)
+    prompts: int = flag(32, "prompts per step", least=1)
     max_tokens: int = flag(0, "longest completion in tokens; 0 is the task's own limit", least=0)
-    temperature: float = flag(1.0, "of sampling and, so that the loss fits, of learning", above=0)
+    temperature: float = flag(1.0, "of sampling; the loss uses the same", above=0)
     seed: int = flag(0, "of the order of problems and of every sampled token", least=0)
-    eval_problems: int = flag(256, "at most so many held-out problems to evaluate on", least=1)
-    eval_samples: int = flag(256, "completions of each, and so the largest k", least=1)
+    eval_problems: int = flag(256, "at most this many held-out problems to evaluate on", least=1)
+    eval_samples: int = flag(256, "completions of each; k goes up to it in powers of 2", least=1)
     out: str = flag("", "run folder; if empty, runs/MODEL-ADVANTAGE-seedN")
-    save_every: int = flag(50, "steps between checkpoints: the most that a kill costs", least=1)
-    micro_tokens: int = flag(4096, "tokens learned from at once: memory, not results", least=1)
+    save_every: int = flag(50, "steps between checkpoints, the most that a kill can cost", least=1)
+    micro_tokens: int = flag(
+        4096, "tokens per micro-batch; changes memory use, not results", least=1
+    )
     device: str = flag("auto", "auto (CUDA, else MPS, else CPU), or one such as cpu or cuda:1")
     precision: str = flag("auto", "float32, float16 or bfloat16; auto is float16 on CUDA")
 
@@ -460,11 +473,12 @@ class Config:  # each setting is a flag of the command line
 def collect(policy, task, config, state, generator):
     """Steps 1 to 4: Rollouts and their advantages (P, N). state.step: steps done so far."""
     # 1. Take P problems in an order set by the seed, each at most once an epoch.
-    steps_per_epoch = max(1, len(task.train) // config.prompts)  # a few wait for the next
+    steps_per_epoch = max(1, len(task.train) // config.prompts)  # the rest is skipped
     epoch, turn = divmod(state.step, steps_per_epoch)
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(task.train))
-    indices = order[turn * config.prompts :][: config.prompts]
+    start = turn * config.prompts
+    indices = order[start : start + config.prompts]
     # 2. Sample N completions of each from the policy, and 3. judge them by the rule.
     problems = [task.train[i] for i in indices]
     rollouts = roll_out(policy, task, problems, config.samples, config, generator)
@@ -479,47 +493,39 @@ def update(policy, optimizer, rollouts, advantages, config, step):
 
 
 def apply_gradient(policy, optimizer, config, step):
-    """Take the step, unless the gradient isn't finite, and forget it. Returns its norm."""
+    """Take a step if the gradient is finite, and clear it. Returns the gradient's norm."""
     norm = clip_grad_norm_(policy.model.parameters(), 1.0).item()
     if math.isfinite(norm):
-        warmup = min(1.0, step / 10)
+        warmup = min(1.0, step / 10)  # over ten steps
         optimizer.param_groups[0]["lr"] = config.lr * warmup
         optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
-def train(config, resume=False, collect=collect, update=update):
-    """Train a policy and measure its pass@k; all goes into `config.run_folder`.
-    Returns what eval.json holds: from a step to what `evaluate` returned. Raises BadInput.
-    A checkpoint holds all that later steps depend on: weights, optimizer, the generator's state and
-    `state`. It is written every `save_every` steps and around evaluations, and replaces the one
-    before at once, so a kill or Ctrl-C costs at most the steps since. With `resume` a run goes on
-    from there: it computes these steps again, on a CPU to the same bits, on CUDA from the same
-    random numbers.
+def train(config, resume=False, collect=collect, update=update):  # extensions pass their own
+    """Train a policy and measure its pass@k; everything goes into `config.run_folder`.
+    Returns {step: what `evaluate` returned}, as in eval.json. Raises BadInput. A checkpoint holds
+    all that later steps depend on: weights, optimizer, the generator's state and `state`. It is
+    written every `save_every` steps and around evaluations, and replaces the last one atomically,
+    so a kill or Ctrl-C loses at most the steps since then. With `resume` a run repeats these: bit
+    for bit on a CPU, on CUDA from the same random state.
     """
     check_config(config)
     task = TASKS[config.task](config)
     policy = load_policy(config, task)
     model = policy.model
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        weight_decay=0.0,
-        fused=True,
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     generator = torch.Generator(model.device).manual_seed(config.seed)  # draws every token
-    state = SimpleNamespace(step=0, failed=0, results={})  # failed: updates in a row
-    run = (config.run_folder, model, optimizer, generator, state)
+    state = SimpleNamespace(step=0, failed=0, results={})  # failed: how many updates in a row
+    checkpointed = (config.run_folder, model, optimizer, generator, state)
+    save = partial(save_checkpoint, *checkpointed)
     with open_run_folder(config, resume) as metrics_file:
         if resume:
-            load_checkpoint(*run)
+            load_checkpoint(*checkpointed)
         if state.step == 0:
-            evaluate_once(policy, task, config, run)
-        bar = tqdm(
-            desc="training",
-            total=config.steps,
-            initial=state.step,
-        )
+            evaluate_once(policy, task, config, state, save)
+        bar = tqdm(desc="training", total=config.steps, initial=state.step)
         while state.step < config.steps:
             started = time.perf_counter()
             rollouts, advantages = collect(policy, task, config, state, generator)
@@ -530,27 +536,22 @@ def train(config, resume=False, collect=collect, update=update):
                 raise BadInput("three updates in a row weren't finite; start with a lower --lr")
             report(metrics_file, bar, rollouts, advantages, norm, state, started)
             if state.step % config.save_every == 0:
-                save_checkpoint(*run)
-        evaluate_once(policy, task, config, run)
+                save()
+        evaluate_once(policy, task, config, state, save)
     model.save_pretrained(config.run_folder / "model")
     policy.tokenizer.save_pretrained(config.run_folder / "model")
     return state.results
 
 
-def evaluate_once(policy, task, config, run):
+def evaluate_once(policy, task, config, state, save):
     """Save; then evaluate at this step, unless that is done, and save again."""
-    *_, state = run
-    save_checkpoint(*run)
+    save()
     if state.step not in state.results:
         state.results[state.step] = evaluate(policy, task, config)
-        save_checkpoint(*run)
+        save()
 
 
-# A first reader can stop here: all that a step runs stands above. What follows surrounds it.
-class BadInput(ValueError):
-    """What the user can mend, in one sentence: what was wrong, what was expected, what to do."""
-
-
+# A first reader can stop here: the algorithm is complete. What follows checks, loads, saves, shows.
 def check_config(config):
     """Raise BadInput for a setting that can't work."""
     precisions = ("auto", "float32", "float16", "bfloat16")
@@ -558,48 +559,47 @@ def check_config(config):
     for name, known in choices.items():
         value = getattr(config, name)
         if value not in known:
-            wanted = f"one of {', '.join(known)}; extensions/ has others"
-            raise BadInput(f"--{name} is {value}, but must be {wanted}")
+            wanted = f"one of {', '.join(known)}"
+            raise BadInput(f"--{name} is {value}, but must be {wanted}; see --help")
     for setting in fields(config):
         value = getattr(config, setting.name)
         least = setting.metadata["least"]
         above = setting.metadata["above"]
-        wrong = f"--{setting.name.replace('_', '-')} is {value}, but must be below 2**62"
+        wrong = f"--{setting.name.replace('_', '-')} is {value}, but must be"
         if least is not None and not least <= value < 2**62:
-            raise BadInput(f"{wrong} and at least {least}")
+            raise BadInput(f"{wrong} at least {least} and below 2**62")
         if above is not None and not above < value < 2**62:
-            raise BadInput(f"{wrong} and above {above}")
+            raise BadInput(f"{wrong} above {above} and below 2**62")
 
 
-# --- Loading a model ------------------------------------------------------------------------------
 @torch.no_grad()
 def load_policy(config, task):
-    """A model of the hub or of a folder, on its device. Raises BadInput if it can't be used."""
+    """The Policy of the model that `config` names. Raises BadInput if it can't be used."""
     model, tokenizer = load_model(config)
     stop_ids = {tokenizer.eos_token_id}
     if task.stop:
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         stop_ids |= {i for i, text in enumerate(vocabulary) if task.stop in text}
-    arguments = inspect.signature(model.base_model.forward).parameters
+    arguments = inspect.signature(model.base_model.forward).parameters  # transformers 5.24 renamed
     policy = Policy(
         model=model,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
-        cache_name="cache" if "cache" in arguments else "past_key_values",  # before 5.24
-        autocast=None,
+        cache_name="cache" if "cache" in arguments else "past_key_values",
+        autocast=None,  # comes below, as the checks are done in float32
     )
     question = task.train[0][0]
     (prompt,) = map(tuple, task.encode(tokenizer, [question]))
-    refusal = f"--model {config.model} can't be used: %s; give a plain transformer"
+    refusal = f"--model {config.model} can't be used; give a plain transformer"
     if tokenizer.unk_token_id in prompt:
-        raise BadInput(refusal % f"it can't read the prompts of --task {config.task}")
+        raise BadInput(f"{refusal} that can read the prompts of --task {config.task}")
     hidden, _, cache = prefill(policy, [prompt])
     if not all(hasattr(layer, "keys") for layer in cache.layers):
-        raise BadInput(refusal % "not all of its layers keep keys and values")
+        raise BadInput(f"{refusal}, whose layers all keep keys and values")
     ids = torch.tensor([prompt], device=model.device)
     logits = model(ids).logits[:, -1]
-    if not torch.allclose(logits, scaled_logits(policy, hidden, 1), atol=1e-4):
-        raise BadInput(refusal % "it changes its logits after the output layer")
+    if not torch.allclose(logits, scaled_logits(policy, hidden, 1), atol=0.01):
+        raise BadInput(f"{refusal}, which doesn't scale or cap its logits after the output layer")
     kind = model.device.type
     precision = config.precision
     if precision == "auto":
@@ -629,13 +629,12 @@ def load_model(config):
         raise
     except Exception as error:  # whatever a hub, a damaged file or a missing driver may raise
         reason = f"--model {config.model} can't be loaded on --device {config.device}"
-        remedy = "give a causal language model's folder or hub id, and a device that is here"
+        remedy = "give a causal language model's folder or hub id, and an available device"
         raise BadInput(f"{reason} ({error!r:.200}); {remedy}") from error
 
 
-# --- The run folder -------------------------------------------------------------------------------
 def open_run_folder(config, resume):
-    """Write config.json, and open metrics.jsonl. Raises BadInput for a folder that isn't empty."""
+    """Write config.json, open metrics.jsonl. Raises BadInput if a new run's folder isn't empty."""
     folder = config.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     if not resume and any(folder.iterdir()):
@@ -653,13 +652,13 @@ def save_checkpoint(folder, model, optimizer, generator, state):
         "state": vars(state),
     }
     torch.save(parts, folder / "checkpoint.tmp")
-    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # at once
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # atomic
 
 
 def load_checkpoint(folder, model, optimizer, generator, state):
-    """All as it was at `save_checkpoint`, and later metrics cut off. Raises BadInput."""
+    """Restore the last checkpoint, and drop the metrics of later steps. Raises BadInput."""
     try:
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu")  # data, no code
+        saved = torch.load(folder / "checkpoint.pt", map_location="cpu")  # runs no code in it
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
@@ -677,8 +676,8 @@ def report(metrics_file, bar, rollouts, advantages, norm, state, started):
         "step": state.step,
         "reward": rollouts.rewards.mean().item(),
         "grad_norm": norm,
-        "signal": advantages.any(1).float().mean().item(),  # share of groups learned from
-        "entropy": rollouts.entropy,  # nats a token
+        "signal": advantages.any(1).float().mean().item(),  # share of groups with one
+        "entropy": rollouts.entropy,
         "length": rollouts.tokens / len(rollouts.completions),
         "seconds": time.perf_counter() - started,
     }
@@ -705,7 +704,7 @@ def show(results, path):
     for k, percent in base["pass_at_k"].items():
         print(f"{f'pass@{k}':>10}{percent:>10.1f}{trained['pass_at_k'][k]:>10.1f}")
     distinct = f"{np.mean(base['distinct']):>10.2f}{np.mean(trained['distinct']):>10.2f}"
-    print(f"  distinct{distinct}   correct answers a problem")
+    print(f"  distinct{distinct}   correct answers per problem")
     axes = Figure().subplots()
     for name, result in (("base", base), ("trained", trained)):
         percent = result["pass_at_k"]
@@ -717,7 +716,7 @@ def show(results, path):
 
 
 # --- The command line -----------------------------------------------------------------------------
-MAY_CHANGE = {"out", "steps", "save_every", "micro_tokens"}  # when a run is resumed
+MAY_CHANGE = {"out", "steps", "save_every", "micro_tokens"}  # with --resume
 MEMORY = """out of memory; --resume goes on with a smaller --micro-tokens, or start again with \
 smaller --prompts, --samples, --max-tokens, --eval-samples or --model"""
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -732,19 +731,20 @@ def resumed(config, given):
     for name in given.keys() - MAY_CHANGE:
         if given[name] != stored[name]:
             raise BadInput(f"omit --{name.replace('_', '-')}: it was {stored[name]}")
-    return type(config)(**stored | given | {"out": str(folder)})
+    settings = stored | given | {"out": str(folder)}
+    return type(config)(**settings)
 
 
 def make_parser(config_class):
     """A flag for every setting of the class, and --resume."""
-    script = sys.modules[config_class.__module__]
+    script = sys.modules[config_class.__module__]  # this file, or an extension
     name = Path(script.__file__).name
     about = script.__doc__.splitlines()[0]
     parser = argparse.ArgumentParser(name, usage="%(prog)s [flags]", description=about)
-    parser.error = lambda message: parser.exit(2, f"{name}: {message}; see --help\n")
+    parser.error = lambda message: parser.exit(2, f"{name}: {message}; see --help\n")  # one line
     for setting in fields(config_class):
         kind = {"type": type(setting.default)}
-        if setting.default is False:
+        if setting.default is False:  # as some of an extension's are
             kind = {"action": "store_true"}
         kind["help"] = f"{setting.metadata['help']} (default: {setting.default!r})"
         flag = "--" + setting.name.replace("_", "-")
@@ -765,12 +765,12 @@ def main(arguments=None, config_class=Config, collect=collect, update=update):
         results = train(config, resume, collect, update)
         show(results, config.run_folder / "passk.png")
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; go on: {' '.join(sys.orig_argv)} --resume\n")
+        parser.exit(130, f"\nstopped; go on: {shlex.join(sys.orig_argv)} --resume\n")
     except (BadInput, OSError, json.JSONDecodeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # a CPU's and MPS's says "allocate"
         if not isinstance(error, OUT_OF_MEMORY) and "allocate" not in str(error):
-            raise  # that word is in the RuntimeError of a CPU and of MPS
+            raise
         parser.exit(1, f"{parser.prog}: {MEMORY}\n")
     print(f"everything is in {config.run_folder}/, the trained model in its folder model/")
     return config, results

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -48,33 +48,33 @@ class Plan(NamedTuple):
         return quick if self.quick else full
 
 
-class Step(NamedTuple):
-    name: str
-    share: float  # of the time
-    measure: Callable  # from a Plan to (what is shown, columns, rows), or (what is shown, text)
-
-
 # --- Running the steps ----------------------------------------------------------------------------
-def run_all(steps: dict[int, Step], plan: Plan, minutes: float) -> None:
-    """Run the steps one after another; card.json and card.md hold what they have measured."""
+def run_all(steps: dict[int, tuple], plan: Plan, minutes: float) -> None:
+    """Run the steps one after another; card.json and card.md hold what they have measured.
+
+    A step has a name, a share of the time, and a function from a Plan to what it measures, written
+    down as it comes: (what is shown, columns, rows), or (what is shown, text). A later one with the
+    same first entry replaces it.
+    """
     ends = time.monotonic() + 60 * minutes
-    shares = sum(step.share for step in steps.values())
-    for number, step in steps.items():
-        seconds = max(1.0, ends - time.monotonic()) * step.share / shares
-        shares -= step.share
-        record(plan, number, name=step.name, note="under way", tables={})
-        note = run_one(step, number, plan, seconds)
+    shares = sum(share for _, share, _ in steps.values())
+    for number, (name, share, measure) in steps.items():
+        seconds = max(1.0, ends - time.monotonic()) * share / shares
+        shares -= share
+        record(plan, number, name=name, note="under way", tables={})
+        note = run_one(measure, number, plan, seconds)
         record(plan, number, note=note)
-        print(f"{number}. {step.name}: {note}", flush=True)
+        print(f"{number}. {name}: {note}", flush=True)
 
 
-def run_one(step, number, plan, seconds):
+def run_one(measure, number, plan, seconds):
     """Run a step in a process group of its own and end what is left of it. Returns how it ended."""
     started = time.monotonic()
     log = plan.out / f"step-{number}.log"
     log.write_text("")
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=work, args=(step.measure, number, plan, log))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["evidence.speed", "transformers"])  # imported once for all
+    process = context.Process(target=work, args=(measure, number, plan, log))
     process.start()
     try:
         process.join(seconds)
@@ -130,7 +130,7 @@ def as_markdown(columns, rows=None):
 def shown(value):
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return "–" if value is None else str(value).replace("|", "/")
+    return "–" if value is None else str(value).replace("|", "/").replace("\n", " ")
 
 
 # --- What several steps need ----------------------------------------------------------------------
@@ -152,14 +152,15 @@ def command_of(script, folder, settings):
     return [sys.executable, *script, f"--out={folder}", *flags]
 
 
-def seconds_of(plan, compute, repeats=1):
-    """Mean seconds of compute(), once it is warm."""
-    for _ in ("to warm up", "to be timed"):
-        started = time.perf_counter()
-        for _ in range(repeats):
-            compute()
-        if plan.device == "cuda":
-            torch.cuda.synchronize()
+def seconds_of(plan, compute, warm_up=None, repeats=1):
+    """Mean seconds of compute(), after one call of it or of warm_up()."""
+    (warm_up or compute)()
+    wait = torch.cuda.synchronize if plan.device == "cuda" else int
+    wait()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        compute()
+    wait()
     return (time.perf_counter() - started) / repeats
 
 
@@ -174,7 +175,7 @@ def machine(plan):
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         size = plan.pick(8192, 256)
         a = torch.ones(size, size, dtype=dtype, device=plan.device)
-        product = 2 * size**3 / seconds_of(plan, lambda: a @ a, 10)
+        product = 2 * size**3 / seconds_of(plan, lambda: a @ a, repeats=10)
         rows.append([str(dtype), product / 1e12, copy_rate(plan, dtype) / 1e9])
         about = "A large matrix product bounds learning; a copy (read and write), sampling."
         yield about, "precision | product (TFLOP/s) | copy (GB/s)", rows
@@ -184,12 +185,12 @@ def copy_rate(plan, dtype=torch.float32):
     """Bytes read and written a second."""
     source = torch.ones(plan.pick(2**28, 2**22), dtype=dtype, device=plan.device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(plan, lambda: target.copy_(source), 10)
+    return 2 * source.nbytes / seconds_of(plan, lambda: target.copy_(source), repeats=10)
 
 
 def tests(plan):
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "test_rs_grpo.py"]
-    command += plan.pick([], ["-k", "advantage"])
+    command += plan.pick([], ["-k", "by_hand"])
     environment = os.environ | {"DEVICE": plan.device}
     pytest = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     print(pytest.stdout)
@@ -219,17 +220,17 @@ def default_run(plan):
         subprocess.run([*command, "--resume"], check=True)
         after = metrics_of(folder)
         run = read_run(Path(folder))
-    about = (
-        f"Percent of {size} held-out problems solved after {steps} steps; right answers a problem."
-    )
+    about = f"Percent of {size} held-out problems that k samples solve; right answers a problem."
     yield about, table({"base": run.base, "trained": run.trained})
     first = len(before) // every * every  # steps done at the checkpoint
     rows = []
     for name in ("reward", "entropy", "length", "grad_norm"):
         differences = [abs(a[name] - b[name]) for a, b in zip(after, before)][first:]
         rows.append([name, differences[0], max(differences)])
-    about = "|Δ| of the metrics of steps computed twice, before SIGKILL and after --resume. The "
-    about += "first has equal reward, entropy and length if problems and random state are equal."
+    about = (
+        "Steps that were computed before SIGKILL and again after --resume: differences of their "
+    )
+    about += "metrics. The first has none if problems, weights and random numbers are the same."
     yield about, f"metric | step {first + 1} | largest to step {len(before)}", rows
 
 
@@ -246,18 +247,19 @@ def precision(plan):
         optimizer = torch.optim.AdamW(policy.model.parameters(), fused=True)
         norms = []
         for turn in range(plan.pick(10, 2)):
-            problems = task.train[8 * turn :][:8]
+            problems = task.train[8 * turn :][: plan.pick(8, 2)]
             rollouts = rs_grpo.roll_out(policy, task, problems, 16, config, generator)
             advantages = spread(rollouts.rewards)
             norms.append(rs_grpo.update(policy, optimizer, rollouts, advantages, config, 10))
         failed = sum(not math.isfinite(norm) for norm in norms)
         rows.append([name, *rounding(policy, rollouts), f"{failed} of {len(norms)}"])
-        about = "Difference of log π between sampler and learner; updates that weren't finite."
-        yield about, "precision | mean |Δ| of a token | std of a completion | not finite", rows
+        about = "How far log π differs between sampler and learner; updates that weren't finite."
+        yield about, "precision | a token, mean size | a completion, std | not finite", rows
 
     config, task, policy, generator = load(plan, precision="float16", max_tokens=plan.pick(256, 8))
     endless = policy._replace(stop_ids=set())
-    rollouts = rs_grpo.roll_out(endless, task, task.train[:16], 16, config, generator)
+    problems = task.train[: plan.pick(16, 4)]
+    rollouts = rs_grpo.roll_out(endless, task, problems, 16, config, generator)
     rows, first = [], None
     for cudnn, tokens in ((False, 4096), (True, 4096), (False, 16 * 4096)):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
@@ -265,9 +267,9 @@ def precision(plan):
         first = gradient if first is None else first
         difference = ((gradient - first).norm() / first.norm()).item()
         rows.append([tokens, "on" if cudnn else "off", difference, largest])
-        about = "A float16 gradient, |Δ| relative to the first row's; the largest entry that a "
-        about += "weight had before division (from 65,504 on it overflows)."
-        yield about, "micro-tokens | cuDNN's attention | |Δ| | largest entry", rows
+        about = "A float16 gradient: its relative difference to that of the first row, and the "
+        about += "largest entry before the division by tokens (beyond 65,504 it overflows)."
+        yield about, "micro-tokens | cuDNN's attention | difference | largest entry", rows
 
 
 @torch.no_grad()
@@ -323,15 +325,15 @@ def sampling(plan):
     columns = "rows | limit | sample | generate, dynamic cache | generate, static cache"
     for method in ("sample", "dynamic", "static"):
         for count in counts:
-            some = prompts[: count // 16]
-            seconds = seconds_of(plan, lambda: draw(policy, some, length, method))
+            work = partial(draw, policy, prompts[: count // 16], method)
+            seconds = seconds_of(plan, partial(work, length), warm_up=partial(work, 8))
             rows[count].append(count * length / seconds)
             yield about, columns, [row + [None] * (5 - len(row)) for row in rows.values()]
         if method == "sample" and rows[count][1] > 4 * rows[count][2]:
             with torch.profiler.profile() as profiler:
-                draw(policy, prompts, 4)
+                draw(policy, prompts, "sample", 4)
             text = profiler.key_averages().table(f"self_{plan.device}_time_total", row_limit=12)
-            yield f"Where four tokens of {count} rows go: 4 times off the limit or more.", text
+            yield f"What takes the time of four tokens of {count} rows.", text
 
     optimizer = torch.optim.AdamW(policy.model.parameters(), fused=True)
     endless = policy._replace(stop_ids=set())
@@ -340,19 +342,19 @@ def sampling(plan):
     vocabulary = policy.model.config.vocab_size
     logits = min(2**28, config.micro_tokens * vocabulary)
     computed = computed_peak(parameters, gradients=parameters, logits=logits)
-    rows = [["learning", *peak(plan, lambda: rs_grpo.update(*step)), computed]]
+    rows = [["learning", *peak(plan, partial(rs_grpo.update, *step)), computed]]
     for count in counts:
         cache = count * cached * (mask.shape[1] + length)
         computed = computed_peak(parameters, cache=cache, logits=count * vocabulary)
-        measured = peak(plan, lambda: draw(policy, prompts[: count // 16], length))
+        measured = peak(plan, partial(draw, policy, prompts[: count // 16], "sample", length))
         rows.append([f"sampling {count} rows", *measured, computed])
         about = "Peak memory in GiB; what is computed holds no activations."
         yield about, "while | allocated | reserved | computed", rows
 
 
 @torch.no_grad()
-def draw(policy, prompts, length, method="sample"):
-    """16 completions of each prompt, all of this length."""
+def draw(policy, prompts, method, length):
+    """16 completions of each prompt, all of this length; not compiled, as that takes minutes."""
     with policy.autocast():
         if method == "sample":
             endless = policy._replace(stop_ids=set())
@@ -362,6 +364,7 @@ def draw(policy, prompts, length, method="sample"):
         options = {"do_sample": True, "top_k": 0, "num_return_sequences": 16, "pad_token_id": 0}
         options |= {"max_new_tokens": length, "min_new_tokens": length, "eos_token_id": None}
         options |= {"attention_mask": mask.long(), "cache_implementation": method}
+        options["disable_compile"] = True
         return policy.model.generate(ids, **options)
 
 
@@ -409,7 +412,7 @@ def pretrained(plan):
     }
     rows = []
     solved = {"base": solved_by(plan, size)}
-    for name, script in scripts.items():
+    for name, script in [*scripts.items()][:: plan.pick(1, 3)]:
         with TemporaryDirectory() as folder:
             subprocess.run(command_of(script, folder, settings), check=True)
             curves = read_run(Path(folder)).curves
@@ -434,31 +437,31 @@ def solved_by(plan, size, **settings):
 
 
 def out_of_memory(plan):
-    """Double the rows until they don't fit. What can be resumed then goes on with fewer."""
+    """Double the size until it doesn't fit; learning then goes on with less at once."""
     gib = 0 if "model" in plan.model and plan.device == "cuda" else plan.pick(2, 0.5)
     script = ["-c", f"from evidence.card import limited; limited({gib})"]
+    sampling = {"steps": 0, "samples": 256, "eval_samples": 256}
+    learning = {"steps": 1, "samples": 64, "eval_samples": 2, "eval_problems": 1, "prompts": 64}
     rows = []
-    for what in ("sampling", "learning"):
-        for size in (2**power for power in range(plan.pick(12, 13), 18)):
-            few = {"steps": 1, "eval_problems": 1, "eval_samples": 2, "micro_tokens": size}
-            settings = plan.model | few | {"prompts": 64, "samples": 64}
-            if what == "sampling":
-                groups = size // 256
-                settings |= {"steps": 0, "eval_problems": groups, "eval_samples": 256}
-                settings |= {"prompts": groups, "samples": 256}
+    for what, settings in {"rows": sampling, "micro-tokens": learning}.items():
+        for size in (2**power for power in range(plan.pick(14, 13), 18)):
+            sizes = {"micro_tokens": size}
+            if what == "rows":
+                sizes = {"prompts": size // 256, "eval_problems": size // 256}
             with TemporaryDirectory() as folder:
-                command = command_of(script, folder, settings)
+                command = command_of(script, folder, plan.model | settings | sizes)
                 ended = subprocess.run(command, stderr=subprocess.PIPE, text=True)
                 print(ended.stderr)
                 if ended.returncode == 0:
                     continue
                 again = [*command, "--resume", f"--micro-tokens={size // 16}"]
-                resumed = subprocess.run(again).returncode if what == "learning" else None
-            said = ended.stderr.strip().splitlines()[-1]
-            rows.append([what, size, ended.returncode, said, resumed])
-            about = "The first size that didn't fit (rows; micro-tokens) and what was said; the "
-            about += "status of --resume with a sixteenth of the micro-tokens."
-            yield about, "while | size | status | said | status of --resume", rows
+                resumed = subprocess.run(again).returncode if what == "micro-tokens" else None
+            lines = ended.stderr.splitlines()
+            said = next((line for line in lines if "memory" in line), lines[-1])
+            rows.append([f"{size:,} {what}", ended.returncode, said, resumed])
+            about = "The least that didn't fit: rows of an evaluation, micro-tokens of a step. The "
+            about += "last column is the status of --resume with a sixteenth of the micro-tokens."
+            yield about, "too large | status | said | status of --resume", rows
             break
 
 
@@ -482,14 +485,14 @@ def limited(gib):
 
 
 STEPS = {
-    1: Step("The machine", 5, machine),
-    2: Step("The tests", 8, tests),
-    3: Step("The default run, killed and resumed", 10, default_run),
-    4: Step("Precision", 6, precision),
-    5: Step("Sampling and memory", 10, sampling),
-    6: Step("A step beside TRL's", 8, beside_trl),
-    7: Step("A pretrained model", 20, pretrained),
-    8: Step("Out of memory", 8, out_of_memory),
+    1: ("The machine", 5, machine),
+    2: ("The tests", 8, tests),
+    3: ("The default run, killed and resumed", 10, default_run),
+    4: ("Precision", 6, precision),
+    5: ("Sampling and memory", 10, sampling),
+    6: ("A step beside TRL's", 8, beside_trl),
+    7: ("A pretrained model", 20, pretrained),
+    8: ("Out of memory", 8, out_of_memory),
 }
 
 

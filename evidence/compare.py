@@ -195,6 +195,7 @@ def make_all(lines, args, made_by):
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
+        pool.shutdown()
         raise
     if failed:
         logs = f"the .log files in {args.runs} say more, and the same command tries again"
@@ -329,7 +330,7 @@ def run(args, arguments):
         if not args.gguf:
             raise BadInput(f"{SMOL}/ isn't there; give --gguf FILE to make it")
         convert(args.gguf, Path(SMOL))
-    print(f"{len(missing)} runs, {args.workers} at a time; folders and logs are in {args.runs}/")
+    print(f"runs to make: {len(missing)}; their folders and logs are in {args.runs}/", flush=True)
     make_all(missing, args, maker(arguments))
     print(f"finished: {args.store} has them all; python -m evidence.report makes the tables")
 

@@ -379,16 +379,16 @@ those, not the page. [README.md](README.md) says how the runs were made.
 {contents}
 
 Pass@k is the chance in percent that at least one of k sampled answers is right, averaged over the
-same 256 held-out problems. A cell is the mean ± standard error over seeds: of training, and for the
-base of sampling. "Distinct" is the number of different correct answers to a problem, "solved in
-training" the share of the training problems solved at least once. The last column says from which k
-on the mean stays below the base's, by however little.
+same 256 held-out problems. Cells hold mean ± standard error over training seeds; the base isn't
+trained, so its seeds are those of sampling. "Distinct" is the number of different correct answers
+to a problem, "solved in training" the share of the training problems solved at least once. The last
+column is the k from which the mean stays below the base's, by however little.
 
 Differences are in points, with 95 % intervals that resample problems and seeds (10,000 draws) and
 keep them in pairs, since runs of one seed saw the same problems. Three or five seeds, resampled,
-never leave their own range, so where seeds matter most the intervals are too narrow. One that holds
-0 doesn't show that two methods are equal, and of so many a few leave out 0 by luck. The contrast
-fixed beforehand is β = 2 against GRPO."""
+never leave their own range, so the intervals are too narrow where seeds matter most. An interval
+that holds 0 doesn't show that two methods are equal; of so many, a few leave out 0 by luck. The one
+contrast fixed beforehand is β = 2 against GRPO."""
 
 
 def main_page(runs, rates, small):
@@ -405,7 +405,7 @@ def main_page(runs, rates, small):
         f"32 it is {runs.ahead('rs2', 'grpo', 32)} points ahead.",
         "This is the embedded model after 800 steps of 32 prompts × 16 samples at a learning rate "
         f"of 5e-5, with 512 samples of each problem. {runs.made('With the side questions below')}",
-        "GRPO and the mean baseline fall below the base far sooner than all others:",
+        "GRPO and the mean baseline fall below the base far sooner than any other method:",
         method_table(runs, ["base", *trained]),
         "Their curves cross the base's early, those of the three β late (left); the other "
         "estimators of pass@k lie where β = 2 lies or above (right):",
@@ -530,8 +530,9 @@ def side_page(runs, three, long, rerun):
         method_table(runs, scheduled),
         difference_table(runs, fixed),
         "## Does later code give the same?",
-        "Yes, within the error. The first table was made before commit 4d215b1, which draws the "
-        f"same distribution from other random numbers. {rerun.made('Its main contrast again')}",
+        "Yes, within the error. The first table was made before commit 4d215b1, since which other "
+        "random numbers are drawn from the same distribution. "
+        + rerun.made("Its main contrast again"),
         method_table(rerun, list(rerun.seeds)),
         difference_table(rerun, [("rs2", "grpo")]),
     ]
@@ -550,8 +551,8 @@ def small_page(runs, rates):
         "GRPO at k = 32, but GRPO stays above the base, which solves hardly anything at these k.",
         "The task is Countdown with three numbers, in words and few-shot: 80 steps of 16 prompts "
         f"× 16 samples at 2e-5, 64 samples of each problem. {runs.made()}",
-        "Until step 25 all find their first right answers. Then GRPO settles: at step 35 the "
-        f"entropy of its seeds is {listed(entropy[:, 6], 2)} nats a token, in the end "
+        "Until step 25 all three find their first right answers. Then GRPO settles: at step 35 "
+        f"the entropy of its seeds is {listed(entropy[:, 6], 2)} nats a token, in the end "
         f"{listed(entropy[:, -1], 2)}. Seed 1 gives a problem nearly always the same answer: "
         f"{listed(one_seed)} % at k = 1 and 64. Three seeds are few where so much hangs on the "
         f"kind of answer that is found first: GRPO's end at {listed(runs.per_seed('grpo', 1))} % "

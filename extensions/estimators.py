@@ -1,4 +1,4 @@
-"""rs_grpo.py with five more estimators: --advantage chen, mahdavi, pkpo, pkpo_loo, maxrl, and --k.
+"""rs_grpo.py with other estimators: --advantage chen, mahdavi, pkpo, pkpo_loo, maxrl or mean; --k.
 
     python -m extensions.estimators --advantage chen --k 4
     python -m extensions.estimators --advantage maxrl
@@ -12,6 +12,7 @@ The advantage of a correct / of a wrong sample, if c of 16 are correct, at k = 4
     pkpo_loo   .250/0         .121/0         .031/0           0/0
     maxrl        15/−1           3/−1           1/−1       .067/−1
 
+mean is r − mean(r), also known as Dr. GRPO (arXiv 2503.20783): the risk-sensitive one with β = 0.
 As in rs_grpo.py, rewards (P, N) become advantages (P, N) of the same dtype, float32 for integers.
 N is the number of samples of a prompt, c the number of correct ones, and p = c/N.
 """
@@ -22,7 +23,7 @@ from math import comb, sqrt
 import torch
 
 import rs_grpo
-from rs_grpo import ADVANTAGES, BadInput, flag
+from rs_grpo import ADVANTAGES, BadInput, flag, risk_sensitive_advantage
 
 
 def chen_advantage(rewards, k):
@@ -127,7 +128,7 @@ def correct(rewards):
     right = rewards == 1
     wrong = rewards == 0
     if not (right | wrong).all():
-        raise ValueError("only rs, mean, grpo and pkpo take rewards other than 0 and 1")
+        raise ValueError("chen, mahdavi and maxrl take no rewards other than 0 and 1")
     return right.sum(1, keepdim=True)
 
 
@@ -147,6 +148,7 @@ def with_k(advantage):
 
 
 ADVANTAGES.update(
+    mean=lambda rewards, config: risk_sensitive_advantage(rewards, 0.0),
     chen=with_k(chen_advantage),
     mahdavi=with_k(mahdavi_advantage),
     pkpo=with_k(pkpo_advantage),

@@ -113,16 +113,15 @@ def collect(policy, task, config, state, generator):
     draws, advantages = [], []
     signal = 0  # groups that have one
     while not draws or (signal < config.prompts and len(draws) <= config.dynamic_sampling):
-        turn = SimpleNamespace(step=state.drawn, solved=state.solved)
+        turn = SimpleNamespace(**{**vars(state), "step": state.drawn})
         rollouts, some = rs_grpo.collect(policy, task, config, turn, generator)
         draws.append(rollouts)
         advantages.append(some)
         state.drawn += 1
         signal += some.any(1).sum().item()
     if state.step == 0:
-        tqdm.write(
-            f"a prompt as the model sees it: {policy.tokenizer.decode(draws[0].prompts[0])!r}"
-        )
+        prompt = policy.tokenizer.decode(draws[0].prompts[0])
+        tqdm.write(f"a prompt as the model sees it: {prompt!r}")
     return joined(draws), torch.cat(advantages)
 
 
