@@ -2,26 +2,26 @@
 
 Reinforcement learning with verifiable rewards improves a language model's first answer, but the
 best of many answers can get worse. Answers of a common kind are sampled most, so they shape the
-gradient of the mean reward: they become more likely, and rare kinds rarer. Problems that only a
-rare kind of answer solves are lost, and training ends in a local optimum. RS-GRPO maximises another
-objective. For a prompt x, completions y ~ π(·|x) and their rewards r(y), it is
+gradient of the mean reward: it makes them more likely on every prompt, and rare kinds rarer. The
+prompts that only a rare kind of answer solves are lost, and training ends in a local optimum.
+RS-GRPO maximises an objective that gives these prompts more weight. For a prompt x, completions
+y ~ π(·|x) and their rewards r(y), it is
 
     J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the largest possible for β → ∞
 
     ∇J_β = (1/β) ∇E[exp(βr)] / E[exp(βr)] = E[ (1/β) exp(βr)/E[exp(βr)] · ∇log π ]
          = E[ A ∇log π ]   with the advantage   A = (1/β) (exp(βr)/E[exp(βr)] − 1)
 
-The first line of the gradient is the chain rule, with ∇E[f(y)] = E[f(y) ∇log π(y|x)], the identity
-behind every policy gradient. The second subtracts the constant 1/β. This is a baseline: it changes
-no expectation, since E[∇log π] = 0.
+The first line is the chain rule and then ∇E[f(y)] = E[f(y) ∇log π(y|x)], the identity behind every
+policy gradient. The second line subtracts the constant 1/β. This is a baseline: it changes no
+expectation, since E[∇log π] = 0.
 
-We estimate A from a prompt's N samples, its group, and use their mean for the expectation, with a
-bias that vanishes as N grows. Only this function differs from GRPO, which takes the advantage
-(r − mean(r)) / std(r). A training step: 1. take P prompts; 2. sample N completions of each;
-3. judge them by a rule; 4. turn rewards into advantages; 5. take one step along the policy
-gradient, with its norm clipped and the learning rate warmed up. There is no value network, reward
-model, KL penalty or reference model. The chance that at least one of k samples is right (pass@k),
-in percent on 256 held-out problems, mean of five seeds:
+We estimate A from a prompt's N samples, its group, with the mean of their exp(βr) in place of the
+expectation; the bias vanishes as N grows. Only A differs from GRPO, where it is (r − mean(r)) /
+std(r). A training step: 1. take P prompts; 2. sample N completions of each; 3. judge them by a
+rule; 4. turn rewards into advantages; 5. take one step along the policy gradient, with its norm
+clipped and the learning rate warmed up. There is no value network, reward model, KL penalty or
+reference model. pass@k, the chance that at least one of k samples is right, in percent (5 seeds):
 
                                              k = 1    k = 32    k = 256
     the model before training                 19.0      47.3       66.1
@@ -33,7 +33,7 @@ in percent on 256 held-out problems, mean of five seeds:
     python rs_grpo.py --model HuggingFaceTB/SmolLM2-360M-Instruct --task countdown-text --lr 1e-5
 
 Legend: P prompts per step, N samples of each, B = P·N completions; R rows of a batch; L tokens of a
-prompt, T of a completion; D the model's width, V its vocabulary.
+prompt, T of a completion, S new tokens; D the model's width, V its vocabulary.
 """
 
 import argparse
@@ -76,9 +76,9 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
 
         Â_i = (1/β) ( exp(βr_i) / mean_j exp(βr_j) − 1 )        r_i − mean_j r_j for β → 0
 
-    Advantage of a correct / wrong sample when c of 16 are correct, and the ratio of a correct one's
-    at c = 1 to that at c = 8. The larger β is, the more the gradient turns to prompts that are
-    hardly ever solved, where pass@k has most to gain:
+    Advantages of correct / wrong samples when c of 16 are correct; ratio: a correct sample's
+    advantage at c = 1 over that at c = 8. The larger β is, the more the gradient turns to prompts
+    that only a rare answer solves, where pass@k has most to gain:
                    c = 1          c = 4          c = 8         c = 15       ratio
         β = 0   .938/−.063     .750/−.250     .500/−.500     .063/−.938      1.9
         β = 2   2.140/−.143    .922/−.307     .381/−.381     .029/−.428      5.6
@@ -98,7 +98,7 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
         raise ValueError(f"rewards and beta must be finite: {rewards}, {beta}")
     neutral = beta.abs() < 1e-8
     beta = torch.where(neutral, 1.0, beta)  # no division by 0
-    r = r - r.amax(1, keepdim=True)  # a constant cancels, and equal rewards are exactly 0
+    r = r - r.amax(1, keepdim=True)  # a constant cancels; equal rewards become exactly 0
     mean_baseline = r - r.mean(1, keepdim=True)
     exponent = beta * r
     weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # at most 1, also for β < 0
@@ -112,11 +112,11 @@ def grpo_advantage(rewards: Tensor) -> Tensor:
     It pushes as hard against the last wrong answer (c = 15) as for the first correct one (c = 1).
     """
     advantages = risk_sensitive_advantage(rewards, 0.0)  # the mean baseline (P, N)
-    std = advantages.std(1, keepdim=True, correction=0)  # (P, 1)
+    std = advantages.std(1, keepdim=True, correction=0)  # (P, 1), that of the rewards
     return advantages / (std + 1e-6)
 
 
-ADVANTAGES = {  # add your own: a function of rewards (P, N) and a Config; advantages (P, N)
+ADVANTAGES = {  # add your own: (rewards (P, N), Config) -> advantages (P, N)
     "rs": lambda rewards, config: risk_sensitive_advantage(rewards, config.beta),
     "grpo": lambda rewards, config: grpo_advantage(rewards),
 }
@@ -127,14 +127,14 @@ EMBEDDED = Path(__file__).resolve().parent / "countdown-base"  # the model besid
 OPERATORS = {Add: add, Sub: sub, Mult: mul, Div: Fraction}  # division is exact
 EXAMPLES = """Numbers: 2, 3, 5. Target: 11. Answer: 2 * 3 + 5
 Numbers: 1, 4, 8. Target: 28. Answer: (8 - 1) * 4
-"""  # these show a pretrained model the format; train-3.txt asks in it
+"""  # these show a pretrained model the format of the problems in train-3.txt
 
 
 class Task(NamedTuple):
-    train: list  # problems: pairs of a question and whatever its judge needs, its answer
+    train: list  # problems: (question, answer), the answer being whatever the judge needs
     held_out: list
-    encode: Any  # a function of a tokenizer and questions; the token ids of each prompt
-    judge: Any  # a function of completions, as text, and the answer of each; rewards, 1 if solved
+    encode: Any  # (tokenizer, questions) -> token ids of each prompt
+    judge: Any  # (completions as text, answer of each) -> rewards, 1 if solved
     max_tokens: int = 20  # of a completion
     stop: str = ""  # text that ends a completion, as EOS does; "" is none
 
@@ -151,15 +151,15 @@ def countdown(config, suffix="", examples="", max_tokens=20, stop=""):
     )
 
 
-IN_WORDS = {"suffix": "-3", "examples": EXAMPLES, "max_tokens": 14, "stop": "\n"}
-TASKS = {  # add your own: a function of a Config; a Task
+IN_WORDS = {"suffix": "-3", "examples": EXAMPLES, "max_tokens": 14, "stop": "\n"}  # 3 numbers
+TASKS = {  # add your own: Config -> Task
     "countdown": countdown,
     "countdown-text": lambda config: countdown(config, **IN_WORDS),
 }
 
 
 def read_problems(name):
-    """The problems in a file beside the embedded model: (question, (numbers, target))."""
+    """The problems in a file of the embedded model's folder: (question, (numbers, target))."""
     problems = []
     for question in (EMBEDDED / name).read_text().splitlines():
         *numbers, target = map(int, re.findall("[0-9]+", question))
@@ -190,7 +190,7 @@ def countdown_value(completion, numbers):
         if isinstance(node, ast.Constant):
             return node.value
         if not isinstance(node, ast.BinOp) or type(node.op) not in OPERATORS:
-            raise ValueError  # a sign, `**`, `//`, a comma …
+            raise ValueError  # a sign, a call, `**`, `//`
         calculate = OPERATORS[type(node.op)]
         return calculate(value(node.left), value(node.right))
 
@@ -205,7 +205,7 @@ class Policy(NamedTuple):  # a causal language model, and what sampling and lear
     model: Any  # its weights are float32
     tokenizer: Any
     stop_ids: set  # the tokens that end a completion: EOS, and those that contain the task's `stop`
-    cache_name: str  # the argument of the model's forward pass that takes the KV cache
+    cache_name: str  # how the model's forward pass calls its argument for the KV cache
     autocast: Any  # opens the torch.autocast context for forward passes
 
 
@@ -217,7 +217,7 @@ def sample(policy, prompts, samples, max_tokens, temperature, generator):
     the next round, for the samples that drew it. Prompts and completions are tuples of token ids.
     Returns B completions, group by group, and the entropy in nats per token, as the mean of −log π.
     """
-    hidden, mask, cache = prefill(policy, prompts)  # (R, D), (R, tokens so far), with R = P
+    hidden, mask, cache = prefill(policy, prompts)  # (R, D), (R, L), with R = P
     rows = [(i, (), samples) for i in range(len(prompts))]  # prompt's index, tokens so far, count
     groups = [[] for _ in prompts]
     surprise = 0.0  # the sum of −log π over all drawn tokens
@@ -226,12 +226,10 @@ def sample(policy, prompts, samples, max_tokens, temperature, generator):
         if not probs[:, 0].isfinite().all():  # one infinite logit makes its whole row nan
             raise BadInput("infinite logits; start again with a lower --lr or --precision bfloat16")
         most = max(count for _, _, count in rows)
-        draws = probs.multinomial(
-            most, replacement=True, generator=generator
-        )  # a row takes `count`
+        draws = probs.multinomial(most, True, generator=generator)  # a row uses its first `count`
         logprobs = probs.gather(1, draws).log().tolist()
         draws = draws.tolist()
-        next_rows, newest, parents = [], [], []  # each with its newest token and its parent row
+        next_rows, newest, parents = [], [], []  # in parallel: row, its last token, parent row
         for row, (i, tokens, count) in enumerate(rows):
             surprise -= sum(logprobs[row][:count])
             drawn = Counter(draws[row][:count])
@@ -258,7 +256,7 @@ def sample(policy, prompts, samples, max_tokens, temperature, generator):
 
 def prefill(policy, prompts):
     """Run prompts once: final hidden states of their last tokens (P, D), mask (P, L), and cache."""
-    from transformers import DynamicCache  # not above: importing this file stays cheap
+    from transformers import DynamicCache  # here, since importing transformers is slow
 
     cache = DynamicCache(config=policy.model.config)
     ids, mask = pad(policy, prompts, "left")
@@ -275,7 +273,7 @@ def hidden_states(policy, ids, mask, cache):
 
 
 def select_rows(cache, rows):
-    """Replace the rows of the cache by these of them; a row may repeat."""
+    """Keep these rows of the cache, in this order; a row may repeat."""
     for layer in cache.layers:  # on a CPU index_select has a deterministic gradient, unlike [rows]
         layer.keys = layer.keys.index_select(0, rows)
         layer.values = layer.values.index_select(0, rows)
@@ -286,7 +284,7 @@ def scaled_logits(policy, hidden, temperature):
 
 
 def pad(policy, rows, side):
-    """Tuples of token ids as a matrix, padded on that side, and a mask that is True on them."""
+    """Tuples of token ids as a matrix, padded on `side`, and a mask that is True on tokens."""
     rows = [torch.tensor(row) for row in rows]
     ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
     ids = ids.to(policy.model.device)
@@ -344,7 +342,7 @@ def completion_logprobs(policy, prompts, completions, temperature):
 
 def token_logprobs(policy, hidden, ids, temperature):
     """log softmax(logits / temperature) at `ids`, of M tokens: (M, D) and (M,) to (M,).
-    Logits are the largest tensor by far: a part exists at a time, and backward computes it again.
+    Logits are by far the largest tensor: only a part exists at a time, and backward recomputes it.
     """
 
     def some_logprobs(hidden, ids):
@@ -360,7 +358,7 @@ def token_logprobs(policy, hidden, ids, temperature):
 
 
 def micro_batches(rollouts, advantages, micro_tokens):
-    """Cut a batch into (prompts, completions, weights), padded to `micro_tokens` tokens at most.
+    """Cut a batch into (prompts, completions, weights) of at most `micro_tokens` padded tokens.
     Equal completions of a prompt have equal gradients: one stands for all, with their summed Â.
     """
     weights = Counter()
@@ -369,7 +367,7 @@ def micro_batches(rollouts, advantages, micro_tokens):
         weights[row] += advantage
     rows = [row for row in weights if weights[row] != 0]  # the others have no gradient
     rows.sort(key=lambda row: (row[0], len(row[1])))  # group by group, like lengths together
-    width = sum(max(map(len, column)) for column in zip(*rows))
+    width = sum(max(map(len, column)) for column in zip(*rows))  # longest prompt + completion
     size = max(1, micro_tokens // max(1, width))
     batches = []
     for start in range(0, len(rows), size):
@@ -386,14 +384,14 @@ def policy_gradient(policy, rollouts, advantages, config, logprobs=completion_lo
     Its gradient is minus the policy gradient, up to scale; its value means nothing. PPO's ratio
     π/π_old is missing: the policy that sampled is the one that learns, so the ratio is 1, and
     ratio·Â and Â·log π have the same gradient. One divisor for the whole batch gives every token
-    the same weight; tokens with Â = 0 count, too (DAPO, arXiv 2503.14476). We divide `.grad`, in
-    float32: dividing the loss would let gradients underflow in float16. No loss scaler is needed.
+    the same weight (DAPO, arXiv 2503.14476). We divide last, in the float32 `.grad`: dividing the
+    loss would let float16 gradients underflow. Extensions pass their own `logprobs`.
     """
     for prompts, completions, weights in micro_batches(rollouts, advantages, config.micro_tokens):
         with policy.autocast():
-            logps = logprobs(policy, prompts, completions, config.temperature)  # (B', T)
-        weights = torch.tensor(weights, device=logps.device)  # (B',)
-        total = -(weights[:, None] * logps).sum()  # the same weight on every token
+            logps = logprobs(policy, prompts, completions, config.temperature)  # (R, T)
+        weights = torch.tensor(weights, device=logps.device)  # (R,)
+        total = -(weights[:, None] * logps).sum()  # each token has its completion's weight
         total.backward()
     for parameter in policy.model.parameters():
         if parameter.grad is not None:
@@ -401,7 +399,7 @@ def policy_gradient(policy, rollouts, advantages, config, logprobs=completion_lo
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Of n samples c are correct: the chance that k of the n include a correct one.
+    """Of n samples c are correct: the chance that k random ones of them include a correct one.
     It is 1 − C(n−c,k)/C(n,k), which is unbiased (arXiv 2107.03374). Raises ValueError.
     """
     if not (0 <= c <= n and 1 <= k <= n):
@@ -414,7 +412,7 @@ def evaluate(policy, task, config):
     n = config.eval_samples
     correct, distinct = [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
-    at_once = max(1, config.prompts * config.samples // n)  # problems, for as many rows as a step
+    at_once = max(1, config.prompts * config.samples // n)  # problems; as many samples as a step
     for start in trange(0, len(task.held_out), at_once, desc="evaluating", leave=False):
         problems = task.held_out[start : start + at_once]
         rollouts = roll_out(policy, task, problems, n, config, generator)
@@ -432,7 +430,7 @@ def evaluate(policy, task, config):
 
 # --- Training -------------------------------------------------------------------------------------
 def flag(default, help, least=None, above=None):
-    """A setting: its default, its help, and a number's bound: from `least` on, or `above` it."""
+    """A setting: default, help and, for a number, its `least` value or what it must be `above`."""
     if type(default) in (int, float) and least is None and above is None:
         raise TypeError(f"the number {default} ({help}) needs a bound, least or above")
     metadata = {"help": help, "least": least, "above": above}
@@ -446,17 +444,17 @@ class Config:  # each setting is a flag of the command line
     samples: int = flag(16, "completions of a prompt, its group", least=2)
     model: str = flag(EMBEDDED.name, "the embedded one, or a causal language model's folder or id")
     task: str = flag(
-        "countdown", "countdown or, pretrained, countdown-text; extensions/ has others"
+        "countdown", "countdown, or countdown-text for pretrained models; see extensions/"
     )
     steps: int = flag(800, "training steps; 0 only evaluates", least=0)
-    lr: float = flag(5e-5, "AdamW's learning rate; try 2e-5 to 1e-6 on pretrained models", above=0)
+    lr: float = flag(5e-5, "AdamW's learning rate; 1e-6 to 2e-5 for pretrained models", above=0)
     prompts: int = flag(32, "prompts per step", least=1)
     max_tokens: int = flag(0, "longest completion in tokens; 0 is the task's own limit", least=0)
     temperature: float = flag(1.0, "of sampling; the loss uses the same", above=0)
     seed: int = flag(0, "of the order of problems and of every sampled token", least=0)
     eval_problems: int = flag(256, "at most this many held-out problems to evaluate on", least=1)
     eval_samples: int = flag(256, "completions of each; k goes up to it in powers of 2", least=1)
-    out: str = flag("", "run folder; if empty, runs/MODEL-ADVANTAGE-seedN")
+    out: str = flag("", "run folder; by default runs/MODEL-ADVANTAGE-seedN")
     save_every: int = flag(50, "steps between checkpoints, the most that a kill can cost", least=1)
     micro_tokens: int = flag(
         4096, "tokens per micro-batch; changes memory use, not results", least=1
@@ -472,8 +470,8 @@ class Config:  # each setting is a flag of the command line
 
 def collect(policy, task, config, state, generator):
     """Steps 1 to 4: Rollouts and their advantages (P, N). state.step: steps done so far."""
-    # 1. Take P problems in an order set by the seed, each at most once an epoch.
-    steps_per_epoch = max(1, len(task.train) // config.prompts)  # the rest is skipped
+    # 1. Take P problems in an order set by the seed, each at most once per epoch.
+    steps_per_epoch = max(1, len(task.train) // config.prompts)  # leftover problems wait
     epoch, turn = divmod(state.step, steps_per_epoch)
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(task.train))
@@ -496,7 +494,7 @@ def apply_gradient(policy, optimizer, config, step):
     """Take a step if the gradient is finite, and clear it. Returns the gradient's norm."""
     norm = clip_grad_norm_(policy.model.parameters(), 1.0).item()
     if math.isfinite(norm):
-        warmup = min(1.0, step / 10)  # over ten steps
+        warmup = min(1.0, step / 10)  # the first step is 1
         optimizer.param_groups[0]["lr"] = config.lr * warmup
         optimizer.step()
     optimizer.zero_grad()
@@ -508,8 +506,8 @@ def train(config, resume=False, collect=collect, update=update):  # extensions p
     Returns {step: what `evaluate` returned}, as in eval.json. Raises BadInput. A checkpoint holds
     all that later steps depend on: weights, optimizer, the generator's state and `state`. It is
     written every `save_every` steps and around evaluations, and replaces the last one atomically,
-    so a kill or Ctrl-C loses at most the steps since then. With `resume` a run repeats these: bit
-    for bit on a CPU, on CUDA from the same random state.
+    so a kill or Ctrl-C loses at most the steps since then. With `resume` the lost steps are run
+    again: bit for bit on a CPU, on CUDA with the same random state.
     """
     check_config(config)
     task = TASKS[config.task](config)
@@ -580,13 +578,13 @@ def load_policy(config, task):
     if task.stop:
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         stop_ids |= {i for i, text in enumerate(vocabulary) if task.stop in text}
-    arguments = inspect.signature(model.base_model.forward).parameters  # transformers 5.24 renamed
+    arguments = inspect.signature(model.base_model.forward).parameters
     policy = Policy(
         model=model,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
-        cache_name="cache" if "cache" in arguments else "past_key_values",
-        autocast=None,  # comes below, as the checks are done in float32
+        cache_name="cache" if "cache" in arguments else "past_key_values",  # until 5.23
+        autocast=None,  # set below; the checks are done in float32
     )
     question = task.train[0][0]
     (prompt,) = map(tuple, task.encode(tokenizer, [question]))
@@ -658,15 +656,17 @@ def save_checkpoint(folder, model, optimizer, generator, state):
 def load_checkpoint(folder, model, optimizer, generator, state):
     """Restore the last checkpoint, and drop the metrics of later steps. Raises BadInput."""
     try:
-        saved = torch.load(folder / "checkpoint.pt", map_location="cpu")  # runs no code in it
+        saved = torch.load(folder / "checkpoint.pt", map_location="cpu")  # data only, runs no code
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["generator"])
         vars(state).update(saved["state"])
-    except Exception as error:  # no zip, no pickle, a missing key, another shape: no checkpoint
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:  # a missing or damaged file, or another model's
         raise BadInput(f"{folder} can't be resumed ({error!r:.200}); take another --out") from error
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    kept = lines[: state.step]  # one a step
+    kept = lines[: state.step]  # one per step
     os.truncate(folder / "metrics.jsonl", sum(map(len, kept)))
 
 
@@ -676,7 +676,7 @@ def report(metrics_file, bar, rollouts, advantages, norm, state, started):
         "step": state.step,
         "reward": rollouts.rewards.mean().item(),
         "grad_norm": norm,
-        "signal": advantages.any(1).float().mean().item(),  # share of groups with one
+        "signal": advantages.any(1).float().mean().item(),  # groups with an Â that isn't 0
         "entropy": rollouts.entropy,
         "length": rollouts.tokens / len(rollouts.completions),
         "seconds": time.perf_counter() - started,
@@ -694,7 +694,7 @@ def report(metrics_file, bar, rollouts, advantages, norm, state, started):
 
 
 def show(results, path):
-    """Print and draw pass@k of base and trained; print how many different right answers."""
+    """Print and draw pass@k before and after; print the number of distinct correct answers."""
     from matplotlib.figure import Figure  # no pyplot: no display is needed
 
     base = results[min(results)]
@@ -716,14 +716,14 @@ def show(results, path):
 
 
 # --- The command line -----------------------------------------------------------------------------
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 MAY_CHANGE = {"out", "steps", "save_every", "micro_tokens"}  # with --resume
 MEMORY = """out of memory; --resume goes on with a smaller --micro-tokens, or start again with \
 smaller --prompts, --samples, --max-tokens, --eval-samples or --model"""
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 def resumed(config, given):
-    """The Config of the run in the folder, with what may change as it is given. Raises BadInput."""
+    """The stored Config of the run, with the changes that are given. Raises BadInput."""
     folder = config.run_folder
     stored = json.loads((folder / "config.json").read_text())
     if stored.keys() != vars(config).keys():
@@ -744,7 +744,7 @@ def make_parser(config_class):
     parser.error = lambda message: parser.exit(2, f"{name}: {message}; see --help\n")  # one line
     for setting in fields(config_class):
         kind = {"type": type(setting.default)}
-        if setting.default is False:  # as some of an extension's are
+        if setting.default is False:  # a switch; only extensions have some
             kind = {"action": "store_true"}
         kind["help"] = f"{setting.metadata['help']} (default: {setting.default!r})"
         flag = "--" + setting.name.replace("_", "-")
@@ -768,7 +768,7 @@ def main(arguments=None, config_class=Config, collect=collect, update=update):
         parser.exit(130, f"\nstopped; go on: {shlex.join(sys.orig_argv)} --resume\n")
     except (BadInput, OSError, json.JSONDecodeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except (RuntimeError, MemoryError) as error:  # a CPU's and MPS's says "allocate"
+    except (RuntimeError, MemoryError) as error:  # "allocate": out of memory on a CPU or MPS
         if not isinstance(error, OUT_OF_MEMORY) and "allocate" not in str(error):
             raise
         parser.exit(1, f"{parser.prog}: {MEMORY}\n")

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import rs_grpo
 from evidence.variants import METHODS
@@ -210,6 +211,7 @@ def in_a_process(line, folder):
 
 def start_process():
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a kill would leave behind
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -291,13 +293,13 @@ def parse(arguments):
     workers = 8 if torch.cuda.is_available() else os.cpu_count()
     flag("--workers", type=int, default=workers, help="runs at a time (default: %(default)s)")
     flag("--keep-models", action="store_true", help="keep each run's folder, with its model/")
-    flag("--runs", type=Path, default=Path("runs"), help="folder for runs under way")
-    flag("--store", type=Path, default=STORE, help="file of runs (default: evidence/runs.jsonl)")
     flag("--quick", action="store_true", help="2 steps each, all of it in runs/quick: no evidence")
     args = parser.parse_args(arguments)
+    args.runs = Path("runs")
+    args.store = STORE
     if args.quick:
         args.testbed = "quick"
-        args.runs = args.runs / "quick"
+        args.runs = Path("runs/quick")
         args.store = args.runs / "runs.jsonl"
         args.store.unlink(missing_ok=True)
     return args

@@ -294,7 +294,8 @@ def draw_pass_at_k(runs):
     figure, panels = new_figure(11, 4.6, 1, 2, sharey=True)
     over_k(panels[0], runs, ("base", "grpo", "mean", "rs2", "rs4", "rs8"))
     over_k(panels[1], runs, ("base", "rs2", "chen", "mahdavi", "pkpo", "pkpo_loo", "maxrl"))
-    for axes in panels:
+    for axes, whose in zip(panels, ("RS-GRPO, GRPO and the mean", "other estimators of pass@k")):
+        axes.set_title(f"held-out pass@k (%): {whose}")
         axes.legend(frameon=False, loc="lower right", fontsize=9)
     return figure
 

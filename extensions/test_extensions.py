@@ -213,8 +213,9 @@ REPEATED = r"\boxed{ | \frac{1}{ | { | } | \} | \ | 1 | 1  | 111, | 1. | -$ | ٣
 BOMBS = ["9^{9^{9^9}}", "10^{10^8}", "(10^9)!", r"\sum_{n=1}^{10^9} n^n", "(x+y+z)^{1000}"]
 MALFORMED = r"""10^{10^{10}} | 0/0 | \frac{1}{0} | \frac{ | \frac{1} | 1e1000000 | 18² | １８ | ١٨
 \begin{pmatrix} | \begin{pmatrix}1&2\\3\end{pmatrix} | \ | $ | % | __import__('os').abort() | ∞"""
-LONG = ["(" * 100 + "1" + ")" * 100, r"\sqrt{" * 19 + "2" + "}" * 19, "+" * 300, "1,2" * 100]
-LONG += [r"\text{" + "a " * 100 + "}", "\n1\n", "\0", "\ud800"]
+LONG = ["(" * 100 + "1" + ")" * 100, r"\sqrt{" * 19 + "2" + "}" * 19]
+LONG += ["+" * 300, "1,2" * 100, r"\text{" + "a " * 100 + "}"]
+LONG += ["\n1\n", "\0", "\ud800"]
 FAKE = """LatexExtractionConfig = object
 def parse(text, *a, **k):
     print(1)
@@ -359,8 +360,8 @@ def test_a_verifier_idle_or_busy_ends_when_its_run_is_killed(line):
 def test_what_math_verify_prints_or_raises_is_no_verdict(verifiers, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "math_verify.py").write_text(FAKE)
-    for text, expected in {"x": 1, "y": 0, "deep": 0, "x ": 1}.items():
-        assert math_reward(boxed(text), "x") == expected
+    assert math_reward(boxed("x"), "x") == 1
+    assert math_reward(boxed("y"), "x") == math_reward(boxed("deep"), "x") == 0
     assert len(verifiers) == 1
     (tmp_path / "math_verify.py").write_text("raise ImportError")
     with pytest.raises(BadInput, match="pip install math-verify"):
@@ -374,9 +375,9 @@ DAPO += (
     "the form Answer: $Answer (without quotes).\n\n%s\n\nRemember to put your answer on its own."
 )
 ONE = b'{"problem": "1?", "answer": "1"}\n'
-FILES = """problem,answer | {"problem": "1?"} | {"text": "1?", "label": "1"} | 5 | null | "problem"
-["problem", "answer"] | {"problem": "1?", "answ"""
-MALFORMED_FILES = [None, b"", b"[" * 200_000, *FILES.encode().replace(b"\n", b" | ").split(b" | ")]
+FILES = b"""problem,answer | {"problem": "1?"} | {"text": "1?", "label": "1"} | 5 | null | \
+"problem" | ["problem", "answer"] | {"problem": "1?", "answ"""
+MALFORMED_FILES = [None, b"", b"[" * 200_000, *FILES.split(b" | ")]
 MALFORMED_FILES += [ONE.replace(b"?", b"\xff"), ONE.replace(b"?", b"\\ud800")]
 SUMS = [{"problem": f"How much is {i} and 1?", "answer": i + 1} for i in range(300)]
 REFUSED = """: --task is missing
@@ -468,7 +469,8 @@ def test_a_tenth_is_held_out_by_a_hash_and_no_order_or_size_moves_a_problem(hub,
     assert sorted(task.train + task.held_out) == sorted(expected)
     assert 10 < len(task.held_out) < 60
     half = load_task(task=write_rows(tmp_path / "half.jsonl", SUMS[149::-1]), seed=1)
-    assert set(half.train) < set(task.train) and set(half.held_out) < set(task.held_out)
+    assert set(half.train) < set(task.train)
+    assert set(half.held_out) < set(task.held_out)
 
 
 def test_what_an_eval_task_asks_is_not_trained_on(hub, tmp_path):
@@ -613,8 +615,8 @@ def test_a_run_of_the_recipe_resumes_to_the_same(talker, hub, tmp_path, monkeypa
     monkeypatch.delitem(rs_grpo.TASKS, settings["task"])  # as in a new process
     mathematics.main(["--resume", "--out", str(tmp_path / "run")])
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    whole, run = [(tmp_path / name / "eval.json").read_text() for name in ("whole", "run")]
-    assert whole == run
+    whole = (tmp_path / "whole" / "eval.json").read_text()
+    assert (tmp_path / "run" / "eval.json").read_text() == whole
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]
     assert (state["step"], state["drawn"]) == (4, 12)
 
@@ -794,7 +796,7 @@ def test_trls_loss_sees_our_advantages_in_training_and_in_evaluation(trl_rs_grpo
 @parametrize("training", [True, False])
 def test_a_group_that_lies_across_two_trl_processes_is_one(trl_rs_grpo, monkeypatch, training):
     trainer_class = trl_rs_grpo.RSGRPOTrainer
-    rewards = torch.tensor([[0.0, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0.5, 0]])  # six on each process
+    rewards = torch.rand(3, 4, generator=seeded())  # six on each process
     shifted = (rewards - rewards.mean(1, keepdim=True)).flatten()
     expected = risk_sensitive_advantage(rewards, 3.0).flatten().tolist()
 
@@ -817,14 +819,16 @@ def test_a_group_that_lies_across_two_trl_processes_is_one(trl_rs_grpo, monkeypa
 
 def test_a_completion_that_nobody_judged_gets_zero_and_leaves_trls_group(trl_rs_grpo, monkeypatch):
     trainer_class, nan = trl_rs_grpo.RSGRPOTrainer, torch.nan
-    by_function = torch.tensor([[1, nan], [nan, 0], [nan, nan], [0, 0], *[[nan, nan]] * 4])
+    by_function = torch.tensor([[1, nan], [nan, 0], [0, 0], [nan, nan]])
     monkeypatch.setattr(trainer_class.__base__, "_calculate_rewards", lambda *args: by_function)
     trainer = trainer_class.__new__(trainer_class)
     assert trainer._calculate_rewards([], [], [], []) is by_function
-    shifted = torch.tensor([2 / 3, -1 / 3, 0, -1 / 3, 0, 0, 0, 0])  # TRL's: the mean of the judged
+    shifted = torch.tensor([2 / 3, -1 / 3, -1 / 3, 0])  # TRL's: by the mean of those judged
     advantages = trl_rs_grpo.regrouped_advantage(shifted, trainer._scored, 4, 2.0)
-    a = risk_sensitive_advantage(torch.tensor([[1.0, 0, 0]]), 2.0)[0].tolist()
-    assert advantages.tolist() == pytest.approx([a[0], a[1], 0, a[2], 0, 0, 0, 0], abs=1e-6)
+    expected = risk_sensitive_advantage(torch.eye(3)[:1], 2.0)[0]
+    assert torch.allclose(advantages[:3], expected, atol=1e-6) and advantages[3] == 0
+    nobody = torch.zeros(4, dtype=torch.bool)
+    assert not trl_rs_grpo.regrouped_advantage(shifted, nobody, 4, 2.0).any()
 
 
 @parametrize("settings", SCALED)
@@ -863,20 +867,20 @@ def verl_estimator(monkeypatch):
     del sys.modules["extensions.verl_rs_grpo"]
 
 
-@parametrize("config, beta", [(None, 2), ({}, 2), ({"rs_beta": 4}, 4), ({"rs_beta": 0}, 0)])
+@parametrize("config, beta", [(None, 2), ({}, 2), ({"rs_beta": 4}, 4)])
 def test_verl_gets_our_advantages_for_groups_of_unequal_sizes(verl_estimator, config, beta):
-    rows = []
-    for name, rewards in {"a": [1.0, 0, 0, 0], "b": [0.2, 0.9, 0.4], "c": [1.0]}.items():
-        advantages = risk_sensitive_advantage(torch.tensor([rewards]), beta)[0].tolist()
-        rows += zip([name] * len(rewards), rewards, advantages)
-    order = torch.randperm(len(rows), generator=seeded())
-    index, rewards, expected = zip(*[rows[i] for i in order])
-    lengths = torch.arange(len(rows)) % 3 + 2
+    index = np.array(list("abacabba"), dtype=object)
+    rewards = torch.rand(8, generator=seeded())
+    expected = torch.zeros(8)
+    for name in "abc":
+        mine = index == name
+        expected[mine] = risk_sensitive_advantage(rewards[mine][None], beta)[0]
+    lengths = torch.arange(8) % 3 + 2
     mask = (torch.arange(6) < lengths[:, None]).long()  # (B, T), int64 as verl's
-    token_rewards = torch.zeros(mask.shape)
-    token_rewards[:, 0] = torch.tensor(rewards) / 2
-    token_rewards[range(len(rows)), lengths - 1] += torch.tensor(rewards) / 2
+    token_rewards = torch.zeros(8, 6)
+    token_rewards[:, 0] = rewards / 2
+    token_rewards[range(8), lengths - 1] += rewards / 2
     advantages, returns = verl_estimator(token_rewards, mask, index, config=config, extra=1)
     assert advantages.shape == mask.shape and advantages.dtype == torch.float32
-    assert torch.allclose(advantages, torch.tensor(expected)[:, None] * mask, atol=1e-6)
+    assert torch.allclose(advantages, expected[:, None] * mask, atol=1e-6)
     assert torch.equal(advantages, returns)
