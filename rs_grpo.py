@@ -1,13 +1,13 @@
 """Risk-Sensitive GRPO (arXiv 2509.24261) in one file, from prompt to pass@k.
 
 Reinforcement learning with verifiable rewards improves a language model's first answer, but the
-best of many answers can get worse. Answers of a common kind are sampled most, so they shape the
-gradient of the mean reward: it makes them more likely on every prompt, and rare kinds rarer. The
-prompts that only a rare kind of answer solves are lost, and training ends in a local optimum.
-RS-GRPO maximises an objective that gives these prompts more weight. For a prompt x, completions
-y ~ π(·|x) and their rewards r(y), it is
+best of many answers can get worse. Answers of a common kind are sampled most, so they dominate the
+gradient of the mean reward. As prompts share the model's weights, they become likelier even where
+they fail, and rare kinds rarer. Prompts that only a rare kind of answer solves are lost: training
+ends in a local optimum. RS-GRPO maximises an objective that gives these prompts more weight. For a
+prompt x, completions y ~ π(·|x) and their rewards r(y), it is
 
-    J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the largest possible for β → ∞
+    J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the largest reward for β → ∞
 
     ∇J_β = (1/β) ∇E[exp(βr)] / E[exp(βr)] = E[ (1/β) exp(βr)/E[exp(βr)] · ∇log π ]
          = E[ A ∇log π ]   with the advantage   A = (1/β) (exp(βr)/E[exp(βr)] − 1)
@@ -21,9 +21,9 @@ expectation; the bias vanishes as N grows. Only A differs from GRPO, where it is
 std(r). A training step: 1. take P prompts; 2. sample N completions of each; 3. judge them by a
 rule; 4. turn rewards into advantages; 5. take one step along the policy gradient, with its norm
 clipped and the learning rate warmed up. There is no value network, reward model, KL penalty or
-reference model. pass@k, the chance that at least one of k samples is right, in percent (5 seeds):
+reference model. pass@k, the chance that at least one of k samples is right, on held-out problems:
 
-                                             k = 1    k = 32    k = 256
+    percent, mean of five seeds              k = 1    k = 32    k = 256
     the model before training                 19.0      47.3       66.1
     trained with GRPO                         28.3      46.7       56.6
     trained with β = 2                        27.3      59.1       66.0
@@ -70,7 +70,7 @@ class BadInput(ValueError):
     """An error that the user can fix: one sentence that says what was wrong and what to do."""
 
 
-# --- Advantages: the one function that changes, and its rival -------------------------------------
+# --- Advantages: the one function that changes ----------------------------------------------------
 def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     """The advantage whose policy gradient is that of (1/β) log E[exp(βr)] (Theorem 1).
 
@@ -101,7 +101,7 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     r = r - r.amax(1, keepdim=True)  # a constant cancels; equal rewards become exactly 0
     mean_baseline = r - r.mean(1, keepdim=True)
     exponent = beta * r
-    weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # at most 1, also for β < 0
+    weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # no overflow, even for β < 0
     risk_sensitive = (weight / weight.mean(1, keepdim=True) - 1) / beta
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
     return torch.where(neutral, mean_baseline, risk_sensitive).to(rewards.device, dtype)
@@ -109,7 +109,7 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
 
 def grpo_advantage(rewards: Tensor) -> Tensor:
     """Â_i = (r_i − mean(r)) / (std(r) + 1e-6), with the population's std (GRPO, arXiv 2402.03300).
-    It pushes as hard against the last wrong answer (c = 15) as for the first correct one (c = 1).
+    Dividing by std(r) gives nearly solved prompts (c = 15) as much weight as hard ones (c = 1).
     """
     advantages = risk_sensitive_advantage(rewards, 0.0)  # the mean baseline (P, N)
     std = advantages.std(1, keepdim=True, correction=0)  # (P, 1), that of the rewards
@@ -123,7 +123,7 @@ ADVANTAGES = {  # add your own: (rewards (P, N), Config) -> advantages (P, N)
 
 
 # --- The task: Countdown, with a reward that a rule computes --------------------------------------
-EMBEDDED = Path(__file__).resolve().parent / "countdown-base"  # the model beside this file
+EMBEDDED = Path(__file__).resolve().parent / "countdown-base"  # the model and its problems
 OPERATORS = {Add: add, Sub: sub, Mult: mul, Div: Fraction}  # division is exact
 EXAMPLES = """Numbers: 2, 3, 5. Target: 11. Answer: 2 * 3 + 5
 Numbers: 1, 4, 8. Target: 28. Answer: (8 - 1) * 4
@@ -176,8 +176,8 @@ def countdown_rewards(completions, answers):
 
 
 def countdown_value(completion, numbers):
-    """The exact value of a completion's first line, or None if it doesn't use just these numbers.
-    A completion is hostile input: at most 100 characters are parsed, and nothing goes to `eval`.
+    """The exact value of a completion's first line, or None unless it uses each number just once.
+    A completion is hostile input: at most 100 characters are parsed, and nothing is executed.
     """
     line = completion.partition("\n")[0].strip()
     if not re.fullmatch(r"[0-9+\-*/() ]{1,100}", line):
@@ -205,14 +205,14 @@ class Policy(NamedTuple):  # a causal language model, and what sampling and lear
     model: Any  # its weights are float32
     tokenizer: Any
     stop_ids: set  # the tokens that end a completion: EOS, and those that contain the task's `stop`
-    cache_name: str  # how the model's forward pass calls its argument for the KV cache
+    cache_name: str  # the name of the forward pass's KV cache argument
     autocast: Any  # opens the torch.autocast context for forward passes
 
 
 @torch.no_grad()
 def sample(policy, prompts, samples, max_tokens, temperature, generator):
     """Draw N = `samples` completions of each of P prompts from softmax(logits / temperature).
-    Samples of a prompt that have the same tokens so far share a row, so that what is equal is
+    Samples of a prompt that have the same tokens so far share a row, so that a common beginning is
     computed once. A row of `count` samples draws `count` tokens. Each distinct token makes a row of
     the next round, for the samples that drew it. Prompts and completions are tuples of token ids.
     Returns B completions, group by group, and the entropy in nats per token, as the mean of −log π.
@@ -341,7 +341,7 @@ def completion_logprobs(policy, prompts, completions, temperature):
 
 
 def token_logprobs(policy, hidden, ids, temperature):
-    """log softmax(logits / temperature) at `ids`, of M tokens: (M, D) and (M,) to (M,).
+    """log softmax(logits / temperature) of M tokens `ids` (M,), predicted from `hidden` (M, D).
     Logits are by far the largest tensor: only a part exists at a time, and backward recomputes it.
     """
 
@@ -367,7 +367,7 @@ def micro_batches(rollouts, advantages, micro_tokens):
         weights[row] += advantage
     rows = [row for row in weights if weights[row] != 0]  # the others have no gradient
     rows.sort(key=lambda row: (row[0], len(row[1])))  # group by group, like lengths together
-    width = sum(max(map(len, column)) for column in zip(*rows))  # longest prompt + completion
+    width = sum(max(map(len, column)) for column in zip(*rows))  # of prompts and of completions
     size = max(1, micro_tokens // max(1, width))
     batches = []
     for start in range(0, len(rows), size):
@@ -408,11 +408,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def evaluate(policy, task, config):
-    """Counts of correct and of distinct correct completions by problem, and pass@k in percent."""
+    """For each problem, how many completions are correct and how many of these differ; pass@k."""
     n = config.eval_samples
     correct, distinct = [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
-    at_once = max(1, config.prompts * config.samples // n)  # problems; as many samples as a step
+    at_once = max(1, config.prompts * config.samples // n)  # problems; the samples of a step
     for start in trange(0, len(task.held_out), at_once, desc="evaluating", leave=False):
         problems = task.held_out[start : start + at_once]
         rollouts = roll_out(policy, task, problems, n, config, generator)
@@ -455,12 +455,12 @@ class Config:  # each setting is a flag of the command line
     eval_problems: int = flag(256, "at most this many held-out problems to evaluate on", least=1)
     eval_samples: int = flag(256, "completions of each; k goes up to it in powers of 2", least=1)
     out: str = flag("", "run folder; by default runs/MODEL-ADVANTAGE-seedN")
-    save_every: int = flag(50, "steps between checkpoints, the most that a kill can cost", least=1)
+    save_every: int = flag(50, "steps between checkpoints; a kill loses at most this many", least=1)
     micro_tokens: int = flag(
-        4096, "tokens per micro-batch; changes memory use, not results", least=1
+        4096, "tokens per micro-batch; changes memory use and rounding, not results", least=1
     )
     device: str = flag("auto", "auto (CUDA, else MPS, else CPU), or one such as cpu or cuda:1")
-    precision: str = flag("auto", "float32, float16 or bfloat16; auto is float16 on CUDA")
+    precision: str = flag("auto", "float32, float16, bfloat16; auto: float16 on CUDA, else float32")
 
     @property
     def run_folder(self):
@@ -471,7 +471,7 @@ class Config:  # each setting is a flag of the command line
 def collect(policy, task, config, state, generator):
     """Steps 1 to 4: Rollouts and their advantages (P, N). state.step: steps done so far."""
     # 1. Take P problems in an order set by the seed, each at most once per epoch.
-    steps_per_epoch = max(1, len(task.train) // config.prompts)  # leftover problems wait
+    steps_per_epoch = max(1, len(task.train) // config.prompts)  # skips the leftovers
     epoch, turn = divmod(state.step, steps_per_epoch)
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(task.train))
@@ -491,7 +491,7 @@ def update(policy, optimizer, rollouts, advantages, config, step):
 
 
 def apply_gradient(policy, optimizer, config, step):
-    """Take a step if the gradient is finite, and clear it. Returns the gradient's norm."""
+    """Step if the gradient is finite; clear it in any case. Returns its norm."""
     norm = clip_grad_norm_(policy.model.parameters(), 1.0).item()
     if math.isfinite(norm):
         warmup = min(1.0, step / 10)  # the first step is 1
@@ -501,20 +501,20 @@ def apply_gradient(policy, optimizer, config, step):
     return norm
 
 
-def train(config, resume=False, collect=collect, update=update):  # extensions pass their own
+def train(config, resume=False, collect=collect, update=update):  # extensions replace these two
     """Train a policy and measure its pass@k; everything goes into `config.run_folder`.
     Returns {step: what `evaluate` returned}, as in eval.json. Raises BadInput. A checkpoint holds
     all that later steps depend on: weights, optimizer, the generator's state and `state`. It is
     written every `save_every` steps and around evaluations, and replaces the last one atomically,
     so a kill or Ctrl-C loses at most the steps since then. With `resume` the lost steps are run
-    again: bit for bit on a CPU, on CUDA with the same random state.
+    again, on a CPU with identical results, on CUDA with the same random numbers up to rounding.
     """
     check_config(config)
     task = TASKS[config.task](config)
     policy = load_policy(config, task)
     model = policy.model
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-    generator = torch.Generator(model.device).manual_seed(config.seed)  # draws every token
+    generator = torch.Generator(model.device).manual_seed(config.seed)  # draws training's tokens
     state = SimpleNamespace(step=0, failed=0, results={})  # failed: how many updates in a row
     checkpointed = (config.run_folder, model, optimizer, generator, state)
     save = partial(save_checkpoint, *checkpointed)
@@ -578,16 +578,16 @@ def load_policy(config, task):
     if task.stop:
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         stop_ids |= {i for i, text in enumerate(vocabulary) if task.stop in text}
-    arguments = inspect.signature(model.base_model.forward).parameters
+    arguments = inspect.signature(model.base_model.forward).parameters  # transformers renamed one
     policy = Policy(
         model=model,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
-        cache_name="cache" if "cache" in arguments else "past_key_values",  # until 5.23
+        cache_name="cache" if "cache" in arguments else "past_key_values",
         autocast=None,  # set below; the checks are done in float32
     )
     question = task.train[0][0]
-    (prompt,) = map(tuple, task.encode(tokenizer, [question]))
+    prompt = tuple(task.encode(tokenizer, [question])[0])
     refusal = f"--model {config.model} can't be used; give a plain transformer"
     if tokenizer.unk_token_id in prompt:
         raise BadInput(f"{refusal} that can read the prompts of --task {config.task}")
@@ -717,7 +717,7 @@ def show(results, path):
 
 # --- The command line -----------------------------------------------------------------------------
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-MAY_CHANGE = {"out", "steps", "save_every", "micro_tokens"}  # with --resume
+MAY_CHANGE = {"out", "steps", "save_every", "micro_tokens"}  # with --resume; out names the folder
 MEMORY = """out of memory; --resume goes on with a smaller --micro-tokens, or start again with \
 smaller --prompts, --samples, --max-tokens, --eval-samples or --model"""
 
@@ -730,7 +730,7 @@ def resumed(config, given):
         raise BadInput(f"{folder} was made by a script with other settings; resume it with that")
     for name in given.keys() - MAY_CHANGE:
         if given[name] != stored[name]:
-            raise BadInput(f"omit --{name.replace('_', '-')}: it was {stored[name]}")
+            raise BadInput(f"--{name.replace('_', '-')} was {stored[name]}, and has to stay so")
     settings = stored | given | {"out": str(folder)}
     return type(config)(**settings)
 
@@ -747,8 +747,8 @@ def make_parser(config_class):
         if setting.default is False:  # a switch; only extensions have some
             kind = {"action": "store_true"}
         kind["help"] = f"{setting.metadata['help']} (default: {setting.default!r})"
-        flag = "--" + setting.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, **kind)
+        option = "--" + setting.name.replace("_", "-")
+        parser.add_argument(option, default=argparse.SUPPRESS, **kind)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return parser
 
@@ -765,14 +765,14 @@ def main(arguments=None, config_class=Config, collect=collect, update=update):
         results = train(config, resume, collect, update)
         show(results, config.run_folder / "passk.png")
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; go on: {shlex.join(sys.orig_argv)} --resume\n")
+        parser.exit(130, f"\nstopped; --resume goes on: {shlex.join(sys.orig_argv)} --resume\n")
     except (BadInput, OSError, json.JSONDecodeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (RuntimeError, MemoryError) as error:  # "allocate": out of memory on a CPU or MPS
         if not isinstance(error, OUT_OF_MEMORY) and "allocate" not in str(error):
             raise
         parser.exit(1, f"{parser.prog}: {MEMORY}\n")
-    print(f"everything is in {config.run_folder}/, the trained model in its folder model/")
+    print(f"everything is in {config.run_folder}/, the trained model in its model/")
     return config, results
 
 

@@ -49,12 +49,12 @@ class Plan(NamedTuple):
 
 
 # --- Running the steps ----------------------------------------------------------------------------
-def run_all(steps: dict[int, tuple], plan: Plan, minutes: float) -> None:
+def run_all(steps: dict[str, tuple], plan: Plan, minutes: float) -> None:
     """Run the steps one after another; card.json and card.md hold what they have measured.
 
-    A step has a name, a share of the time, and a function from a Plan to what it measures, written
-    down as it comes: (what is shown, columns, rows), or (what is shown, text). A later one with the
-    same first entry replaces it.
+    A step is its name, its share of the time, and a function from a Plan to what it measures. It
+    yields tables (a sentence, columns, rows) or texts (a sentence, text), which are written down at
+    once. One with the sentence of an earlier one replaces it.
     """
     ends = time.monotonic() + 60 * minutes
     shares = sum(share for _, share, _ in steps.values())
@@ -107,7 +107,7 @@ def record(plan, number, **news):
     """Put what is new of a step into card.json, and write card.md from it."""
     path = plan.out / "card.json"
     figures = json.loads(path.read_text()) if path.exists() else {}
-    figures.setdefault(str(number), {}).update(news)
+    figures.setdefault(number, {}).update(news)
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(figures, indent=1, ensure_ascii=False))
     os.replace(aside, path)  # whole at any moment
@@ -155,13 +155,17 @@ def command_of(script, folder, settings):
 def seconds_of(plan, compute, warm_up=None, repeats=1):
     """Mean seconds of compute(), after one call of it or of warm_up()."""
     (warm_up or compute)()
-    wait = torch.cuda.synchronize if plan.device == "cuda" else int
-    wait()
+    wait_for(plan.device)
     started = time.perf_counter()
     for _ in range(repeats):
         compute()
-    wait()
+    wait_for(plan.device)
     return (time.perf_counter() - started) / repeats
+
+
+def wait_for(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 # --- The steps ------------------------------------------------------------------------------------
@@ -438,8 +442,7 @@ def solved_by(plan, size, **settings):
 
 def out_of_memory(plan):
     """Double the size until it doesn't fit; learning then goes on with less at once."""
-    gib = 0 if "model" in plan.model and plan.device == "cuda" else plan.pick(2, 0.5)
-    script = ["-c", f"from evidence.card import limited; limited({gib})"]
+    script = ["-c", "from evidence.card import limited; limited()"]
     sampling = {"steps": 0, "samples": 256, "eval_samples": 256}
     learning = {"steps": 1, "samples": 64, "eval_samples": 2, "eval_problems": 1, "prompts": 64}
     rows = []
@@ -459,22 +462,23 @@ def out_of_memory(plan):
             lines = ended.stderr.splitlines()
             said = next((line for line in lines if "memory" in line), lines[-1])
             rows.append([f"{size:,} {what}", ended.returncode, said, resumed])
-            about = "The least that didn't fit: rows of an evaluation, micro-tokens of a step. The "
-            about += "last column is the status of --resume with a sixteenth of the micro-tokens."
-            yield about, "too large | status | said | status of --resume", rows
             break
+        else:
+            rows.append([f"nothing up to {size:,} {what}", 0, None, None])
+        about = (
+            "The least that didn't fit: rows of an evaluation, micro-tokens of a step. The last "
+        )
+        about += "column is the status of --resume with a sixteenth of the micro-tokens."
+        yield about, "too large | status | said | status of --resume", rows
 
 
-def limited(gib):
-    """rs_grpo.py's command line, with a gradient in every group and `gib` more GiB (0: all)."""
-    if gib and torch.cuda.is_available():
-        share = gib * GIB / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(share)
-    elif gib:
+def limited():
+    """rs_grpo.py's command line with a gradient in every group; a CPU has half a GiB to spare."""
+    if not torch.cuda.is_available():
         import resource
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + int(gib * GIB)
+        limit = pages * resource.getpagesize() + GIB // 2
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     def collect(*args):
@@ -485,14 +489,14 @@ def limited(gib):
 
 
 STEPS = {
-    1: ("The machine", 5, machine),
-    2: ("The tests", 8, tests),
-    3: ("The default run, killed and resumed", 10, default_run),
-    4: ("Precision", 6, precision),
-    5: ("Sampling and memory", 10, sampling),
-    6: ("A step beside TRL's", 8, beside_trl),
-    7: ("A pretrained model", 20, pretrained),
-    8: ("Out of memory", 8, out_of_memory),
+    "1": ("The machine", 5, machine),
+    "2": ("The tests", 8, tests),
+    "3": ("The default run, killed and resumed", 10, default_run),
+    "4": ("Precision", 6, precision),
+    "5": ("Sampling and memory", 10, sampling),
+    "6": ("A step beside TRL's", 8, beside_trl),
+    "7": ("A pretrained model", 20, pretrained),
+    "8": ("Out of memory", 8, out_of_memory),
 }
 
 
@@ -509,13 +513,16 @@ def main(arguments=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = {"device": device}
     try:
-        steps = {int(number): STEPS[int(number)] for number in args.only.split(",")}
+        steps = {number: STEPS[number] for number in args.only.split(",")}
         if args.model:
             model |= {"model": folder_of(args.model, args.out), "task": "countdown-text"}
-    except (KeyError, ValueError) as error:  # BadInput is a ValueError
+    except KeyError as error:
+        parser.exit(2, f"card: --only names {error}; the steps are 1 to 8\n")
+    except rs_grpo.BadInput as error:
         parser.exit(2, f"card: {error}\n")
     minutes = args.minutes - (time.monotonic() - started) / 60
     run_all(steps, Plan(args.out, device, model, args.quick), minutes)
+    print(f"all figures: {args.out / 'card.md'}")
 
 
 def folder_of(model, out):

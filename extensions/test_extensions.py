@@ -1,5 +1,5 @@
 """The specification of extensions/, as sentences: `python -m pytest extensions -v` prints it."""
-# ruff: noqa: F401, F811 (pytest's fixtures are imported by name)
+# ruff: noqa: F401, F811, I001 (pytest's fixtures are imported by name)
 
 import copy
 import importlib
@@ -26,16 +26,12 @@ import rs_grpo
 from extensions import estimators, kl, mathematics, problems, verifier
 from extensions.mathematics import MathConfig
 from extensions.verifier import math_reward
-from rs_grpo import ADVANTAGES, BadInput, Rollouts, risk_sensitive_advantage, train
-from test_rs_grpo import metrics, models, python, save_model, settings_of, tiny
+from rs_grpo import ADVANTAGES, BadInput, risk_sensitive_advantage, train
+from test_rs_grpo import draw, gradient, group, load, metrics, models, pairs, plain_logprobs
+from test_rs_grpo import policy, python, save_model, seeded, settings_of, tiny
 
 ROOT = Path(rs_grpo.__file__).resolve().parent
-PROMPTS = ["1,2,3,4=5:", "10,11,12,13=48:", "1,10,11,12=9:", "2,2,3,3=7:", "1,5,5,12=20:"]
 parametrize = pytest.mark.parametrize
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def first_groups(rewards, config):
@@ -65,11 +61,6 @@ WORKED = {  # by hand, correct/wrong, for 1, 4, 8 and 15 correct ones of 16, at 
     "pkpo_loo": ".250/0 .121/0 .031/0 0/0",
     "maxrl": "15/-1 3/-1 1/-1 .067/-1",
 }
-
-
-def group(correct, samples=16):
-    """Binary rewards (1, N) of which the first `correct` are 1."""
-    return (torch.arange(samples) < correct).double()[None]
 
 
 def estimate(name, rewards, k=4):
@@ -164,17 +155,16 @@ def test_the_penalised_advantage_has_the_gradient_of_the_objective_less_the_dive
 
 
 def test_log_ratios_are_those_of_plain_forward_passes_at_the_sampling_temperature(policy):
-    rollouts = draw(policy, samples=8, max_tokens=2, temperature=0.7)
-    rows = list(zip(rollouts.prompts, rollouts.completions))
-    assert len(set(rows)) < 40  # equal ones are computed once
+    rollouts = draw(policy, samples=32, max_tokens=2, temperature=0.7)
+    assert len(set(pairs(rollouts))) < 96  # equal ones are computed once
     config = rs_grpo.Config(temperature=0.7, micro_tokens=100)
     base = policy._replace(model=copy.deepcopy(policy.model))
     assert not kl.log_ratios(policy, base, rollouts, config).any()  # exactly
-    shake(policy.model)
+    shake(policy)
     ratios = kl.log_ratios(policy, base, rollouts, config).flatten().tolist()
-    for row, ratio in zip(rows, ratios):
-        ours = plain_logprobs(policy.model, *row, 0.7).sum()
-        theirs = plain_logprobs(base.model, *row, 0.7).sum()
+    for row, ratio in zip(pairs(rollouts), ratios):
+        ours = plain_logprobs(policy, *row, 0.7).sum()
+        theirs = plain_logprobs(base, *row, 0.7).sum()
         assert ratio == pytest.approx((ours - theirs).item(), abs=1e-4)
 
 
@@ -231,7 +221,7 @@ def items(text):
     return text.replace("\n", " | ").split(" | ")
 
 
-def pairs(text):
+def answers_and(text):
     return [tuple(pair.split(" ~ ")) for pair in items(text)]
 
 
@@ -264,13 +254,13 @@ def verifiers(monkeypatch):
 
 def test_a_box_earns_its_reward_in_every_equivalent_form_and_in_no_other(verifiers):
     for expected, text in ((1, EQUIVALENT), (0, DIFFERENT)):
-        for answer, box in pairs(text):
+        for answer, box in answers_and(text):
             assert math_reward(boxed(box), answer) == expected, (answer, box)
     assert verifier.killed == [] and len(verifiers) == 1  # the same process judged them all
 
 
 def test_the_last_box_is_read_with_its_braces_matched_and_not_if_unclosed_long_or_deep():
-    for read, text in pairs(BOXES):
+    for read, text in answers_and(BOXES):
         assert verifier.last_box(text) == read, text
     nested = "{" * 19 + "1" + "}" * 19
     for longest in (nested, "1" * 300):
@@ -332,7 +322,7 @@ def test_a_verifier_has_bounded_memory_and_ctrl_c_does_not_reach_it(verifiers):
 
 
 def test_answers_are_judged_in_batches_and_in_any_thread_alike(verifiers):
-    answers, boxes = zip(*pairs(EQUIVALENT))
+    answers, boxes = zip(*answers_and(EQUIVALENT))
     with ThreadPoolExecutor(1) as pool:
         rewards = pool.submit(verifier.math_rewards, map(boxed, boxes), answers).result()
     assert rewards == [1.0] * len(boxes)
@@ -384,7 +374,7 @@ REFUSED = """: --task is missing
 --task chess: chess can't be read
 --task math500: a .jsonl file with problem and answer
 --task countdown --eval-task gsm8k: --eval-task
---task gsm8k: can't read the prompts
+--task gsm8k: read the prompts
 --task gsm8k --updates 5 --prompts 4: --updates
 --task gsm8k --updates 0: --updates
 --task gsm8k --advantage chen --k 17: --k
@@ -549,40 +539,10 @@ def recipe_of(model, folder, **changes):
     return MathConfig(**{**small, "advantage": "first", "steps": 4, **changes})
 
 
-def load_policy(model):
-    config = MathConfig(model=model, task="countdown", device="cpu")
-    return rs_grpo.load_policy(config, rs_grpo.countdown(config))
-
-
-@pytest.fixture
-def policy(tiny):
-    return load_policy(tiny)
-
-
-def draw(policy, samples, max_tokens, temperature):
-    """Rollouts of PROMPTS, without rewards."""
-    prompts = [tuple(ids) for ids in policy.tokenizer(PROMPTS).input_ids]
-    generator = seeded()
-    completions, _ = rs_grpo.sample(policy, prompts, samples, max_tokens, temperature, generator)
-    owners = [prompt for prompt in prompts for _ in range(samples)]
-    return Rollouts(PROMPTS, owners, completions, [], torch.zeros(5, samples), 0.0)
-
-
-def plain_logprobs(model, prompt, completion, temperature):
-    """log π of each completion token from one plain forward pass: no cache, padding or batch."""
-    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-    return (logits / temperature).log_softmax(-1)[range(len(completion)), completion]
-
-
-def gradient(model):
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
-def shake(model):
-    noise = seeded(1)
-    for parameter in model.parameters():
-        scale = 0.05 * parameter.detach().std()
-        parameter.data += scale * torch.randn(parameter.shape, generator=noise)
+def shake(policy):
+    for parameter in policy.model.parameters():
+        noise = torch.randn(parameter.shape, generator=seeded(1, device="cpu"))
+        parameter.data += 0.05 * parameter.data.std() * noise.to(parameter.device)
 
 
 def test_without_the_recipe_every_step_is_that_of_rs_grpo(tiny, tmp_path):
@@ -623,7 +583,7 @@ def test_a_run_of_the_recipe_resumes_to_the_same(talker, hub, tmp_path, monkeypa
 
 def sixth_step(module, policy, config, generator, step=5):
     """What `collect` returns, and the state afterwards."""
-    task = rs_grpo.countdown(config)
+    task = rs_grpo.TASKS[config.task](config)
     state = SimpleNamespace(step=step, solved=torch.zeros(len(task.train), dtype=torch.bool))
     return *module.collect(policy, task, config, state, generator), state
 
@@ -654,46 +614,48 @@ def test_draws_of_one_step_are_joined_as_if_drawn_in_several_steps_without_learn
 
 
 class Noting:
-    """An optimizer that notes each gradient and its model, and shakes the weights for a step."""
+    """An optimizer that notes each gradient and its policy, and shakes the weights for a step."""
 
-    def __init__(self, model):
-        self.model, self.param_groups, self.seen = model, [{}], []
+    def __init__(self, policy):
+        self.policy = policy
+        self.param_groups = [{}]
+        self.seen = []
 
     def step(self):
-        self.seen.append((gradient(self.model), copy.deepcopy(self.model)))
-        shake(self.model)
+        before = self.policy._replace(model=copy.deepcopy(self.policy.model))
+        self.seen.append((before, gradient(self.policy)))
+        shake(self.policy)
 
     def zero_grad(self):
-        self.model.zero_grad()
+        self.policy.model.zero_grad()
 
 
 @parametrize("checkpointing", [False, True])
 def test_every_update_has_the_gradient_of_a_hand_written_ppo_loss(policy, checkpointing):
     """π_old is the policy before the first update; whole groups are in one part each."""
-    rollouts = draw(policy, samples=8, max_tokens=7, temperature=0.8)
-    assert len(set(rollouts.completions)) == 40  # none are equal, so none are run as one
-    advantages = torch.randn(5, 8, generator=seeded())
-    advantages[2] = 0  # a group without a signal
+    rollouts = draw(policy, samples=16, max_tokens=7, temperature=0.8)
+    rows = pairs(rollouts)
+    assert len(set(rows)) == 48  # none are equal, so none are run as one
+    advantages = torch.randn(3, 16, generator=seeded(device="cpu"))
+    advantages[1] = 0  # a group without a signal
     settings = {"updates": 2, "clip_low": 0.1, "clip_high": 0.3, "checkpointing": checkpointing}
     config = MathConfig(task="countdown", micro_tokens=150, temperature=0.8, **settings)
-    optimizer = Noting(policy.model)
-    old = copy.deepcopy(policy.model)
+    with torch.no_grad():
+        old = [plain_logprobs(policy, *row, 0.8) for row in rows]
+    optimizer = Noting(policy)
     norm = mathematics.update(policy, optimizer, rollouts, advantages, config, 3)
 
-    norms, places = [], set()
-    for part, (ours, now) in zip((range(24), range(24, 40)), optimizer.seen, strict=True):
-        loss, tokens = 0, 0
+    norms = []
+    places = set()
+    for part, (now, ours) in zip((range(32), range(32, 48)), optimizer.seen, strict=True):
+        loss = 0
         for i in part:
-            row = (rollouts.prompts[i], rollouts.completions[i])
-            a = advantages.flatten()[i]
-            before = plain_logprobs(old, *row, 0.8).detach()
-            ratio = (plain_logprobs(now, *row, 0.8) - before).exp()
-            loss = loss - torch.min(ratio * a, ratio.clamp(0.9, 1.3) * a).sum()
-            tokens += len(row[1])
-            where = torch.bucketize(ratio, torch.tensor([0.9, 1.3])).tolist()
-            places |= {(place, a.item() > 0) for place in where}
-        now.zero_grad()
-        (loss / tokens).backward()
+            a = advantages.flatten()[i].item()
+            ratio = (plain_logprobs(now, *rows[i], 0.8) - old[i]).exp()
+            loss -= torch.min(ratio * a, ratio.clamp(0.9, 1.3) * a).sum()
+            where = torch.bucketize(ratio.cpu(), torch.tensor([0.9, 1.3])).tolist()
+            places |= {(place, a > 0) for place in where}
+        (loss / sum(len(rollouts.completions[i]) for i in part)).backward()
         reference = gradient(now)
         norms.append(reference.norm().item())
         reference *= min(1, 1 / norms[-1])  # clipped
@@ -705,17 +667,18 @@ def test_every_update_has_the_gradient_of_a_hand_written_ppo_loss(policy, checkp
 @parametrize("kind, sizes", [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gpt2", GPT2)])
 def test_a_checkpointed_model_learns_the_same_and_is_as_before(policy, tmp_path, kind, sizes):
     """Rotary positions are relative and forgive a shift; GPT-2's are looked up in a table."""
-    policy = load_policy(save_model(tmp_path, policy.tokenizer, kind, **sizes))
+    policy, _, _ = load(save_model(tmp_path, policy.tokenizer, kind, **sizes))
     rollouts = draw(policy, samples=4, max_tokens=9, temperature=0.7)
-    calls, results = [], []
+    calls = []
+    results = []
     layer = (policy.model.base_model.h if sizes else policy.model.base_model.layers)[0]
     attention = layer.attn if sizes else layer.self_attn
     attention.register_forward_hook(lambda *_: calls.append(1))
     for function in (mathematics.checkpointed_logprobs, rs_grpo.completion_logprobs):
         logprobs = function(policy, rollouts.prompts, rollouts.completions, 0.7)
-        (logprobs.sum(1) * torch.linspace(-1, 1, 20)).sum().backward()
-        results.append((gradient(policy.model), logprobs.detach()))
-        policy.model.zero_grad()
+        weights = torch.linspace(-1, 1, len(logprobs), device=logprobs.device)
+        (logprobs.sum(1) * weights).sum().backward()
+        results.append((gradient(policy), logprobs.detach()))
     assert len(calls) == 2 + 2  # once more in the backward pass; then prompts and completions
     (ours, whole), (reference, shared) = results
     assert torch.allclose(whole, shared, atol=1e-5)
@@ -771,7 +734,8 @@ def test_trls_loss_sees_our_advantages_in_training_and_in_evaluation(trl_rs_grpo
                 seen[model.training].append((tuple(row[mask].tolist()), a.item()))
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    rows = [{"prompt": prompt} for prompt in [*PROMPTS, "5,7,7,12=7:"]]
+    task = rs_grpo.TASKS["countdown"](rs_grpo.Config())
+    rows = [{"prompt": question} for question, _ in task.train[:6]]
     trainer = Watched(
         model=AutoModelForCausalLM.from_pretrained(rs_grpo.EMBEDDED),
         reward_funcs=reward,
@@ -802,7 +766,8 @@ def test_a_group_that_lies_across_two_trl_processes_is_one(trl_rs_grpo, monkeypa
 
     def part(process):
         trainer = trainer_class.__new__(trainer_class)  # one process, without a model
-        trainer.beta_risk, trainer._scored = 3.0, torch.ones(12, dtype=torch.bool)
+        trainer.beta_risk = 3.0
+        trainer._scored = torch.ones(12, dtype=torch.bool)
         trainer.num_generations, trainer.num_generations_eval = (4, 2) if training else (2, 4)
         trainer.model = SimpleNamespace(training=training)
         trainer.accelerator = SimpleNamespace(process_index=process, gather=lambda mine: shifted)

@@ -115,7 +115,7 @@ def start_verifier():
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        start_new_session=True,  # Ctrl-C reaches the training alone, which ends its step
+        start_new_session=True,  # Ctrl-C reaches the run alone, and ends its verifiers' input
         env={**os.environ, "PYTHONHASHSEED": "0"},  # no verdict depends on the order of a set
     )
     if verifier.stdout.readline() != "ready\n":
