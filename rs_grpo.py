@@ -381,11 +381,10 @@ def micro_batches(rollouts, advantages, micro_tokens):
 def policy_gradient(policy, rollouts, advantages, config, logprobs=completion_logprobs):
     """Put the gradient of the loss into the parameters' `.grad`. Advantages are (P, N).
         loss = − Σ_i Σ_t Â_i log π(y_it | x, y_i<t) / (number of completion tokens)
-    Its gradient is minus the policy gradient, up to scale; its value means nothing. PPO's ratio
-    π/π_old is missing: the policy that sampled is the one that learns, so the ratio is 1, and
-    ratio·Â and Â·log π have the same gradient. One divisor for the whole batch gives every token
-    the same weight (DAPO, arXiv 2503.14476). We divide last, in the float32 `.grad`: dividing the
-    loss would let float16 gradients underflow. Extensions pass their own `logprobs`.
+    Its value means nothing. PPO's ratio π/π_old is missing: the policy that sampled is the one that
+    learns, so the ratio is 1, and ratio·Â and Â·log π have the same gradient. One divisor for the
+    whole batch gives every token the same weight (DAPO, arXiv 2503.14476). We divide last, in the
+    float32 `.grad`: to divide the loss would let float16 gradients underflow.
     """
     for prompts, completions, weights in micro_batches(rollouts, advantages, config.micro_tokens):
         with policy.autocast():
@@ -574,7 +573,8 @@ def check_config(config):
 def load_policy(config, task):
     """The Policy of the model that `config` names. Raises BadInput if it can't be used."""
     model, tokenizer = load_model(config)
-    stop_ids = {tokenizer.eos_token_id}
+    eos_ids = np.atleast_1d(model.generation_config.eos_token_id)  # None, one or several
+    stop_ids = {tokenizer.eos_token_id, *eos_ids.tolist()}
     if task.stop:
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         stop_ids |= {i for i, text in enumerate(vocabulary) if task.stop in text}
