@@ -574,7 +574,7 @@ def load_policy(config, task):
     """The Policy of the model that `config` names. Raises BadInput if it can't be used."""
     model, tokenizer = load_model(config)
     eos_ids = np.atleast_1d(model.generation_config.eos_token_id)  # None, one or several
-    stop_ids = {tokenizer.eos_token_id, *eos_ids.tolist()}
+    stop_ids = {tokenizer.eos_token_id, *eos_ids}
     if task.stop:
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         stop_ids |= {i for i, text in enumerate(vocabulary) if task.stop in text}
