@@ -214,8 +214,8 @@ def sample(policy, prompts, samples, max_tokens, temperature, generator):
     """Draw N = `samples` completions of each of P prompts from softmax(logits / temperature).
     Samples of a prompt that have the same tokens so far share a row, so that a common beginning is
     computed once. A row of `count` samples draws `count` tokens. Each distinct token makes a row of
-    the next round, for the samples that drew it. Prompts and completions are tuples of token ids.
-    Returns B completions, group by group, and the entropy in nats per token, as the mean of −log π.
+    the next round, for the samples that drew it. Returns B completions, tuples of token ids, group
+    by group; and the entropy in nats per token, estimated by the mean of −log π.
     """
     hidden, mask, cache = prefill(policy, prompts)  # (R, D), (R, L), with R = P
     rows = [(i, (), samples) for i in range(len(prompts))]  # prompt's index, tokens so far, count
@@ -398,9 +398,8 @@ def policy_gradient(policy, rollouts, advantages, config, logprobs=completion_lo
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Of n samples c are correct: the chance that k random ones of them include a correct one.
-    It is 1 − C(n−c,k)/C(n,k), which is unbiased (arXiv 2107.03374). Raises ValueError.
-    """
+    """The chance that k random ones of n samples, c of them correct, include a correct one.
+    An unbiased estimate of pass@k (arXiv 2107.03374). Raises ValueError for other counts."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
@@ -412,7 +411,7 @@ def evaluate(policy, task, config):
     correct, distinct = [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
     at_once = max(1, config.prompts * config.samples // n)  # problems; the samples of a step
-    for start in trange(0, len(task.held_out), at_once, desc="evaluating", leave=False):
+    for start in trange(0, len(task.held_out), at_once, desc="evaluating"):
         problems = task.held_out[start : start + at_once]
         rollouts = roll_out(policy, task, problems, n, config, generator)
         for i, rewards in enumerate(rollouts.rewards.tolist()):
@@ -522,7 +521,7 @@ def train(config, resume=False, collect=collect, update=update):  # extensions r
             load_checkpoint(*checkpointed)
         if state.step == 0:
             evaluate_once(policy, task, config, state, save)
-        bar = tqdm(desc="training", total=config.steps, initial=state.step)
+        bar = tqdm(total=config.steps, initial=state.step)
         while state.step < config.steps:
             started = time.perf_counter()
             rollouts, advantages = collect(policy, task, config, state, generator)
@@ -596,7 +595,7 @@ def load_policy(config, task):
         raise BadInput(f"{refusal}, whose layers all keep keys and values")
     ids = torch.tensor([prompt], device=model.device)
     logits = model(ids).logits[:, -1]
-    if not torch.allclose(logits, scaled_logits(policy, hidden, 1), atol=0.01):
+    if not torch.allclose(logits, scaled_logits(policy, hidden, 1), 0.01, 0.01):
         raise BadInput(f"{refusal}, which doesn't scale or cap its logits after the output layer")
     kind = model.device.type
     precision = config.precision
@@ -613,8 +612,8 @@ def load_model(config):
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     utils.logging.disable_progress_bar()
-    # cuDNN's attention is slow on new shapes, and gave NaN gradients (pytorch issue 196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients, pytorch issue 196678
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # overflows in sums
     name = EMBEDDED if config.model == EMBEDDED.name else config.model
     device = config.device
     try:
@@ -768,8 +767,9 @@ def main(arguments=None, config_class=Config, collect=collect, update=update):
         parser.exit(130, f"\nstopped; --resume goes on: {shlex.join(sys.orig_argv)} --resume\n")
     except (BadInput, OSError, json.JSONDecodeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    except (RuntimeError, MemoryError) as error:  # "allocate": out of memory on a CPU or MPS
-        if not isinstance(error, OUT_OF_MEMORY) and "allocate" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        said = re.search("out of memory|alloc", str(error).lower())  # by a CPU, MPS or cuBLAS
+        if not said and not isinstance(error, OUT_OF_MEMORY):
             raise
         parser.exit(1, f"{parser.prog}: {MEMORY}\n")
     print(f"everything is in {config.run_folder}/, the trained model in its model/")

@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -444,7 +445,7 @@ def out_of_memory(plan):
     """Double the size until it doesn't fit; learning then goes on with less at once."""
     script = ["-c", "from evidence.card import limited; limited()"]
     sampling = {"steps": 0, "samples": 256, "eval_samples": 256}
-    learning = {"steps": 1, "samples": 64, "eval_samples": 2, "eval_problems": 1, "prompts": 64}
+    learning = {"steps": 1, "prompts": 64, "samples": 32, "eval_samples": 2, "eval_problems": 1}
     rows = []
     for what, settings in {"rows": sampling, "micro-tokens": learning}.items():
         for size in (2**power for power in range(plan.pick(14, 13), 18)):
@@ -459,8 +460,8 @@ def out_of_memory(plan):
                     continue
                 again = [*command, "--resume", f"--micro-tokens={size // 16}"]
                 resumed = subprocess.run(again).returncode if what == "micro-tokens" else None
-            lines = ended.stderr.splitlines()
-            said = next((line for line in lines if "memory" in line), lines[-1])
+            sentence = re.search("rs_grpo.py: .*", ended.stderr)
+            said = sentence.group() if sentence else ended.stderr[-200:]
             rows.append([f"{size:,} {what}", ended.returncode, said, resumed])
             break
         else:
