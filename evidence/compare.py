@@ -1,15 +1,15 @@
 """Make the runs that back the claims; each becomes a line of evidence/runs.jsonl.
 
     python -m evidence.compare                                   # every method, the embedded model
-    python -m evidence.compare --lr 2.5e-5 5e-5 1e-4 2e-4        # five methods at each rate
+    python -m evidence.compare --lr 2.5e-5 5e-5 1e-4 2e-4        # four methods at each rate
     python -m evidence.compare --steps 2000 --only grpo rs2 rs8 --seeds 0 1 2
     python -m evidence.compare --testbed pretrained --gguf FILE  # SmolLM2 on countdown-text
     python -m evidence.compare --quick                           # 2 steps of every method
 
-A run that the file holds isn't made again. A run that was interrupted goes on from its checkpoint
-when the same command is given again. Runs with the same seed see the same problems in the same
-order. Each run is a process of its own with one thread. The first use of FILE turns it into an
-ordinary model folder, runs/SmolLM2-135M-Instruct; evidence/README.md says where to get it.
+The command makes the runs that the file doesn't hold, each in a process with one thread; given
+again, it goes on with those that were interrupted. Runs with the same seed see the same problems in
+the same order. The first use of FILE turns it into an ordinary model folder,
+runs/SmolLM2-135M-Instruct; evidence/README.md says where to get it.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -36,83 +36,66 @@ from tqdm import tqdm
 import rs_grpo
 from evidence.variants import METHODS
 from extensions.estimators import Config
-from rs_grpo import TASKS, BadInput
+from rs_grpo import BadInput
 
 STORE = Path(__file__).resolve().parent / "runs.jsonl"
 SMOL = "runs/SmolLM2-135M-Instruct"
 FEW = ["base", "grpo", "rs2", "rs8"]
-CURVES = ("reward", "solve_rate", "signal", "entropy", "grad_norm")
 
 
 # --- The plan -------------------------------------------------------------------------------------
-class Testbed(NamedTuple):
-    """What the runs on one model and task have in common; all else is the default of rs_grpo.py."""
-
-    settings: dict  # eval_samples are for evaluations during training
-    samples: int  # of each held-out problem after training
-    every: int  # steps between evaluations during training
+class Testbed(NamedTuple):  # what the runs on one model and task have in common
+    settings: dict  # all else is the default of rs_grpo.py
+    every: int  # steps between evaluations on the way
+    samples: int  # of each held-out problem in an evaluation on the way
     window: int  # steps averaged for one point of the training curves
     methods: list  # compared unless --only or --lr is given
     seeds: int  # of the main methods; side questions have three at most
 
 
-SMALL = dict(eval_samples=64, precision="float32")
+SMALL = dict(eval_samples=512, precision="float32")
 LARGE = dict(model=SMOL, task="countdown-text", steps=80, lr=2e-5, prompts=16, save_every=5)
-LARGE |= dict(eval_samples=32, micro_tokens=8192, precision="bfloat16")
-QUICK = dict(steps=2, prompts=4, samples=8, eval_problems=16, eval_samples=32)
+LARGE |= dict(eval_samples=64, micro_tokens=8192, precision="bfloat16")
+QUICK = dict(steps=2, prompts=4, samples=8, eval_problems=16, eval_samples=64)
 TESTBEDS = {
-    "countdown": Testbed(SMALL, samples=512, every=100, window=20, methods=list(METHODS), seeds=5),
-    "pretrained": Testbed(LARGE, samples=64, every=40, window=5, methods=FEW, seeds=3),
-    "quick": Testbed(QUICK, samples=32, every=1, window=1, methods=list(METHODS), seeds=1),
+    "countdown": Testbed(SMALL, every=100, samples=64, window=20, methods=list(METHODS), seeds=5),
+    "pretrained": Testbed(LARGE, every=40, samples=32, window=5, methods=FEW, seeds=3),
+    "quick": Testbed(QUICK, every=1, samples=32, window=2, methods=list(METHODS), seeds=1),
 }
 
 
 def begin(series, testbed, method, seed, changes):
     """A run's line before the run is made: what identifies it, and its settings."""
-    settings = asdict(Config(**TESTBEDS[testbed].settings | changes | METHODS[method].settings))
+    settings = TESTBEDS[testbed].settings | changes | METHODS[method].settings
+    settings = asdict(Config(**settings))
     del settings["seed"], settings["out"]
     line = {"series": series, "testbed": testbed, "method": method, "seed": seed}
     return line | {"settings": settings}
 
 
-def identity(line):
-    """Lines with the same identity are the same run."""
-    settings = line["settings"]
-    plan = (line["series"], line["testbed"], line["method"])
-    return (*plan, settings["steps"], settings["lr"], line["seed"])
-
-
 def name_of(line):
-    return "{}-{}-{}-{}steps-{:g}-seed{}".format(*identity(line))
+    """Lines with the same name are the same run."""
+    plan = "{series}-{testbed}-{method}-{settings[steps]}steps-{settings[lr]:g}-seed{seed}"
+    return plan.format(**line)
 
 
 # --- One run --------------------------------------------------------------------------------------
 def make(line, folder):
-    """Train and evaluate; return `line` with the results. An interrupted run in `folder` goes on."""
-    method = METHODS[line["method"]]
+    """Train and evaluate; return `line` with the results. Goes on with what `folder` holds."""
+    started = time.perf_counter()
     testbed = TESTBEDS[line["testbed"]]
     config = Config(**line["settings"], seed=line["seed"], out=str(folder))
-    seconds = 0
+    collect = watched(METHODS[line["method"]].collect, testbed)
+    results = rs_grpo.train(config, goes_on(config), collect)
+    line = line | results[config.steps]
+    del line["pass_at_k"]  # follows from the counts
     if config.steps:
-        results = rs_grpo.train(config, goes_on(config), watched(method.collect, testbed.every))
-        metrics = [json.loads(row) for row in (folder / "metrics.jsonl").open()]
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu")["state"]
-        metrics = [row | {"solve_rate": rate} for row, rate in zip(metrics, state["solve_rates"])]
-        training = training_curves(metrics, testbed.window)
-        line = line | {"curve": evaluation_curve(results), "training": training}
-        seconds = sum(row["seconds"] for row in metrics)
-        config = replace(config, model=str(folder / "model"))
-    started = time.perf_counter()
-    config = replace(config, eval_samples=testbed.samples)
-    task = TASKS[config.task](config)
-    counts = rs_grpo.evaluate(rs_grpo.load_policy(config, task), task, config)
-    seconds += time.perf_counter() - started
-    del counts["pass_at_k"]  # follows from the counts
-    return line | counts | {"seconds": round(seconds)}
+        line |= curves(folder, results, testbed.window)
+    return line | {"seconds": round(time.perf_counter() - started)}  # since it last went on
 
 
 def goes_on(config):
-    """Whether the folder has a checkpoint of these settings; anything else there is removed."""
+    """Whether the folder has a checkpoint of these settings; if not, it is removed."""
     folder = config.run_folder
     if (folder / "checkpoint.pt").exists():
         if json.loads((folder / "config.json").read_text()) == asdict(config):
@@ -121,18 +104,16 @@ def goes_on(config):
     return False
 
 
-def watched(collect, every):
-    """`collect` that also evaluates every so many steps and keeps track of the problems solved.
-
-    Its notes are part of `state`, and so of every checkpoint.
-    """
+def watched(collect, testbed):
+    """`collect` that also evaluates on the way and keeps track of the problems solved."""
 
     def collect_and_note(policy, task, config, state, generator):
-        if state.step == 0:
+        if state.step == 0:  # a checkpoint holds all of state
             state.solved = []  # questions
             state.solve_rates = []  # after each step
-        if state.step % every == 0 and state.step not in state.results:
-            state.results[state.step] = rs_grpo.evaluate(policy, task, config)
+        if state.step % testbed.every == 0 and state.step not in state.results:
+            fewer = replace(config, eval_samples=testbed.samples)
+            state.results[state.step] = rs_grpo.evaluate(policy, task, fewer)
         rollouts, advantages = collect(policy, task, config, state, generator)
         best = rollouts.rewards.amax(1).tolist()
         solved = {question for question, reward in zip(rollouts.questions, best) if reward >= 1}
@@ -143,24 +124,24 @@ def watched(collect, every):
     return collect_and_note
 
 
-def evaluation_curve(results):
+def curves(folder, results, window):
+    """pass@k on the way, and means over windows of training, named by their last steps."""
     curve = {"step": list(results)}
     for k in (1, 32):
         curve[f"pass@{k}"] = [round(result["pass_at_k"][k], 3) for result in results.values()]
-    return curve
-
-
-def training_curves(metrics, window):
-    """Means over windows of so many steps, each named by its last step."""
+    metrics = [json.loads(row) for row in (folder / "metrics.jsonl").open()]
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu")["state"]
+    for row, rate in zip(metrics, state["solve_rates"]):
+        row["solve_rate"] = rate
     windows = [metrics[start : start + window] for start in range(0, len(metrics), window)]
-    curves = {"step": [part[-1]["step"] for part in windows]}
-    for name in CURVES:
-        curves[name] = [round(sum(row[name] for row in part) / len(part), 4) for part in windows]
-    return curves
+    training = {"step": [part[-1]["step"] for part in windows]}
+    for name in ("reward", "solve_rate", "signal", "entropy", "grad_norm"):
+        training[name] = [round(fmean(row[name] for row in part), 4) for part in windows]
+    return {"curve": curve, "training": training}
 
 
 # --- All runs -------------------------------------------------------------------------------------
-def make_all(lines, args, made_by):
+def make_all(lines, args):
     """Make the runs, each in a process of its own; return the names of those that failed."""
     context = multiprocessing.get_context("spawn")
     waiting = list(lines)
@@ -169,7 +150,7 @@ def make_all(lines, args, made_by):
     while waiting or running:
         while waiting and len(running) < args.workers:
             line = waiting.pop(0)
-            process = context.Process(target=work, args=(line, args, made_by), name=name_of(line))
+            process = context.Process(target=work, args=(line, args), name=name_of(line))
             process.daemon = True  # Ctrl-C here ends it, too
             process.start()
             running[process.sentinel] = process
@@ -182,17 +163,18 @@ def make_all(lines, args, made_by):
     return failed
 
 
-def work(line, args, made_by):
+def work(line, args):
     """Make one run and add its line to the file; the output goes to a .log beside its folder."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # the default is a semaphore, which outlives a killed process
     folder = args.runs / name_of(line)
     sys.stdout = sys.stderr = open(f"{folder}.log", "a")
-    line = make(line, folder) | made_by
+    line = make(line, folder) | args.maker
     with open(args.store, "ab", buffering=0) as file:  # one write: a kill can't leave half a line
         file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-    clear(folder, args.keep_models)
+    if not args.keep_models:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_with_parent():
@@ -201,39 +183,22 @@ def end_with_parent():
     os._exit(1)
 
 
-def clear(folder, keep_model):
-    """Remove a finished run's folder, or only its checkpoint."""
-    if keep_model:
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def maker(arguments):
-    """What made a run, for its line."""
+def maker():
+    """What makes the runs, for their lines."""
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --exclude '*'")
+    machine = f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
     return {
-        "command": shlex.join(["python", "-m", "evidence.compare", *arguments]),
+        "command": shlex.join(["python", "-m", "evidence.compare", *sys.argv[1:]]),
         "commit": "unknown" if status else commit,
-        "machine": machine(),
+        "machine": machine,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
 
 
-def machine():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    file = Path("/proc/cpuinfo")  # on Linux
-    named = re.search(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
-    return f"{os.cpu_count()} cores of {named[1] if named else platform.machine()}"
-
-
 def convert(gguf, folder):
-    """Make an ordinary model folder of a GGUF file's weights, tokenizer and chat template.
-
-    The weights become bfloat16, as most models are published; that rounds off far less than the
-    quantisation has lost. Raises BadInput if the file can't be converted, whatever the reason.
-    """
+    """Make a model folder in bfloat16 of a GGUF file's weights and tokenizer. Raises BadInput."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     aside = folder.with_name(f"{folder.name}.tmp")  # what a kill leaves isn't taken for a model
@@ -264,19 +229,17 @@ def parse(arguments):
     flag("--keep-models", action="store_true", help="keep each run's folder, with its model/")
     flag("--quick", action="store_true", help="2 steps each, all in runs/quick; no evidence")
     args = parser.parse_args(arguments)
-    args.runs, args.store = Path("runs"), STORE
+    args.runs = Path("runs/quick") if args.quick else Path("runs")
+    args.store = args.runs / "runs.jsonl" if args.quick else STORE
     if args.quick:
         args.testbed = "quick"
-        args.runs = Path("runs/quick")
-        args.store = args.runs / "runs.jsonl"
-        args.store.unlink(missing_ok=True)
     return args
 
 
 def asked(args):
     """The lines of all runs that are asked for, before they are made; one base for each seed."""
     testbed = TESTBEDS[args.testbed]
-    steps = {} if args.steps is None else {"steps": args.steps}
+    steps = {"steps": args.steps} if args.steps else {}
     changes = [steps | {"lr": lr} for lr in args.lr] or [steps]
     lines = []
     for name in args.only or ([*FEW, "maxrl"] if args.lr else testbed.methods):
@@ -288,28 +251,35 @@ def asked(args):
     return sorted(lines, key=lambda line: line["seed"])
 
 
+def run(args):
+    """Make the runs that are missing. Raises BadInput if some of them fail."""
+    if args.gguf and not Path(SMOL).exists():
+        convert(args.gguf, Path(SMOL))
+    args.runs.mkdir(parents=True, exist_ok=True)
+    if args.quick:
+        args.store.write_text("")
+    stored = {name_of(json.loads(line)) for line in args.store.open()}
+    missing = [line for line in asked(args) if name_of(line) not in stored]
+    if not missing:
+        print(f"nothing is missing: {args.store} holds every run that was asked for")
+        return
+    if args.testbed == "pretrained" and not Path(SMOL).exists():
+        raise BadInput(f"{SMOL}/ isn't there; give --gguf FILE to make it")
+    print(f"runs to make: {len(missing)}; folders and logs are in {args.runs}/", flush=True)
+    args.maker = maker()
+    failed = make_all(missing, args)
+    if failed:
+        raise BadInput(f"not finished: {', '.join(failed)}; see the .log files in {args.runs}")
+    print(f"finished: {args.store} has them all; python -m evidence.report makes the tables")
+
+
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    args = parse(arguments)
     try:
-        if args.gguf and not Path(SMOL).exists():
-            convert(args.gguf, Path(SMOL))
-        stored = [json.loads(line) for line in args.store.open()] if args.store.exists() else []
-        stored = set(map(identity, stored))
-        missing = [line for line in asked(args) if identity(line) not in stored]
-        if not missing:
-            sys.exit(print(f"nothing is missing: {args.store} holds every run that was asked for"))
-        if args.testbed == "pretrained" and not Path(SMOL).exists():
-            raise BadInput(f"{SMOL}/ isn't there; give --gguf FILE to make it")
-        print(f"runs to make: {len(missing)}; folders and logs are in {args.runs}/", flush=True)
-        failed = make_all(missing, args, maker(arguments))
-        if failed:
-            raise BadInput(f"not finished: {', '.join(failed)}; see the .log files in {args.runs}")
+        run(parse(arguments))
     except (BadInput, OSError, json.JSONDecodeError) as error:
         sys.exit(f"compare.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on from here")
-    print(f"finished: {args.store} has them all; python -m evidence.report makes the tables")
 
 
 if __name__ == "__main__":

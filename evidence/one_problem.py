@@ -3,10 +3,9 @@
     python -m evidence.one_problem            # two runs and the table, in some 14 minutes
     python -m evidence.one_problem --table    # the table again, from evidence/one-problem.json
 
-GRPO and β = 2 train with the default settings and seed 0. Each run stops at the steps above, where
-its policy gives 16 answers to one held-out problem, and goes on. The problem isn't picked by hand:
-it is the first one of the file that the base solves in 2 to 5 of 64 samples. At step 800 the runs,
-in runs/one-problem/, are those of `python rs_grpo.py` and `python rs_grpo.py --advantage grpo`.
+GRPO and β = 2 train with the default settings, in runs/one-problem/. Each run stops at the steps
+above, where its policy gives 16 answers to one held-out problem, and goes on. The problem isn't
+picked by hand: it is the first of the file that the base solves in 2 to 5 of 64 samples.
 """
 
 import json
@@ -21,15 +20,12 @@ from rs_grpo import TASKS, Config, load_policy, roll_out, train
 STORE = Path(__file__).resolve().parent / "one-problem.json"
 METHODS = {"GRPO": "grpo", "β = 2": "rs"}
 STEPS = (100, 400, 800)
-SHOWN = 4  # distinct answers in a cell
 
 
 def sample_answers(policy, task, problem, samples):
-    """Pairs of reward and text."""
     generator = torch.Generator(policy.model.device).manual_seed(0)
     rollouts = roll_out(policy, task, [problem], samples, Config(), generator)
-    rewards = rollouts.rewards.flatten().tolist()
-    return list(zip(rewards, rollouts.texts))
+    return list(zip(rollouts.rewards.flatten().tolist(), rollouts.texts))  # pairs
 
 
 def make():
@@ -42,28 +38,26 @@ def make():
             break
     found = {"problem": problem[0]}
     for label, advantage in METHODS.items():
-        folder = Path("runs/one-problem") / advantage
+        folder = f"runs/one-problem/{advantage}"
         found[label] = {0: sample_answers(base, task, problem, 16)}
         for steps in STEPS:
-            config = Config(advantage=advantage, steps=steps, out=str(folder))
-            train(config, resume=steps > STEPS[0])
-            policy = load_policy(Config(model=str(folder / "model")), task)
+            train(Config(advantage=advantage, steps=steps, out=folder), resume=steps > STEPS[0])
+            policy = load_policy(Config(model=f"{folder}/model"), task)
             found[label][steps] = sample_answers(policy, task, problem, 16)
     STORE.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def cell(answers):
-    """Equal answers counted, the most frequent first, right ones marked."""
-    right = {text for reward, text in answers if reward >= 1}
-    counts = Counter(text for _, text in answers)
+    """The four most frequent answers, counted, right ones marked; and how many others there are."""
+    counts = Counter(map(tuple, answers)).most_common()
     lines = []
-    for text, count in counts.most_common(SHOWN):
-        mark = " ✓" if text in right else ""
+    for (reward, text), count in counts[:4]:
+        mark = " ✓" if reward >= 1 else ""
         lines.append(f"{count} × `{text}`{mark}")
-    others = dict(counts.most_common()[SHOWN:])
+    others = counts[4:]
     if others:
-        solved = sum(others[text] for text in others.keys() & right)
-        lines.append(f"{sum(others.values())} others, {solved} right")
+        solved = sum(count for (reward, _), count in others if reward >= 1)
+        lines.append(f"{sum(count for _, count in others)} others, {solved} right")
     return "<br>".join(lines)
 
 

@@ -1,7 +1,6 @@
-"""The methods that are compared, each a row of the tables, and variants that are tried only here.
+"""The methods that are compared, and variants that are tried only here.
 
-A new method is an entry of METHODS: its label, the settings that differ from those of its testbed
-and, if these don't say it all, its own way to collect a batch.
+A new method is an entry of METHODS and a row in the tables of RESULTS.template.md.
 """
 
 import math
@@ -28,8 +27,8 @@ def rescaled(advantages):
 def beta_of_constant_kl(rewards, kl=math.log(2)):
     """For each group the β ≥ 0 with KL(softmax(β r) ‖ uniform) = `kl` nats: (P, N) to (P, 1).
 
-    From arXiv 2601.16175. The divergence grows with β towards ln(N/c), with c samples of the best
-    reward. A group in which that isn't enough, or without a signal, gets MOST_BETA.
+    From arXiv 2601.16175. With c samples of the best reward, the divergence grows with β up to
+    ln(N/c). A group in which that isn't enough, or that has no signal, gets MOST_BETA.
     """
     r = rewards.double()
     low = torch.zeros(len(r), 1, dtype=torch.float64)
@@ -72,19 +71,20 @@ def partial_credit(completion, answer):
     return 1.0 if value == target else 0.5 / (1 + abs(float(value - target)))
 
 
-def judge_partially(completions, answers):
-    return [partial_credit(*pair) for pair in zip(completions, answers)]
+def countdown_partial(config):
+    def judge(completions, answers):
+        return [partial_credit(*pair) for pair in zip(completions, answers)]
+
+    return TASKS["countdown"](config)._replace(judge=judge)
 
 
-TASKS["countdown-partial"] = lambda config: TASKS["countdown"](config)._replace(
-    judge=judge_partially
-)
+TASKS["countdown-partial"] = countdown_partial
 
 
 # --- The methods ----------------------------------------------------------------------------------
 class Method(NamedTuple):
     label: str  # in tables and figures
-    settings: dict  # what differs from its testbed's
+    settings: dict  # that differ from its testbed's
     part: str = "main"  # or the side question that it belongs to
     collect: Callable = rs_grpo.collect
 

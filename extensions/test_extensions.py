@@ -10,28 +10,27 @@ import os
 import subprocess
 import sys
 import time
-import types
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import rs_grpo
 from extensions import estimators, kl, mathematics, problems, verifier
-from extensions.mathematics import MathConfig
+from extensions.mathematics import MathConfig, load_task
 from extensions.verifier import math_reward
-from rs_grpo import ADVANTAGES, BadInput, risk_sensitive_advantage, train
-from test_rs_grpo import draw, gradient, group, load, metrics, models, pairs, plain_logprobs
-from test_rs_grpo import policy, python, save_model, seeded, settings_of, tiny
+from rs_grpo import ADVANTAGES, TASKS, BadInput, risk_sensitive_advantage, train
+from test_rs_grpo import ROOT, assert_same, draw, gradient, group, metrics, models, pairs
+from test_rs_grpo import parametrize, plain_logprobs, policy, saved, seeded, settings_of, spy, tiny
+from test_rs_grpo import tokenizer_of_letters
 
-ROOT = Path(rs_grpo.__file__).resolve().parent
-parametrize = pytest.mark.parametrize
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def first_groups(rewards, config):
@@ -78,9 +77,9 @@ def test_an_estimator_has_the_values_worked_out_by_hand(name):
 
 @parametrize("name", ["pkpo", "pkpo_loo"])
 def test_pkpo_equals_the_sum_over_all_subsets(name):
-    rewards = torch.rand(3, 7, dtype=torch.float64, generator=seeded(1))
+    rewards = torch.rand(3, 7, dtype=torch.float64, generator=seeded())
     rewards[1, 2] = rewards[1, 5]  # a tie
-    rewards[2] = (rewards[2] < 0.5).double()
+    rewards[2] = rewards[2].round()
     for k in range(2, 8):
         brute = torch.zeros(3, 7, dtype=torch.float64)
         for subset in itertools.combinations(range(7), k):
@@ -99,44 +98,26 @@ def test_chen_equals_the_standardised_best_of_every_subset(k):
         rewards = group(correct, 7)
         subsets = list(itertools.combinations(range(7), k))
         best = [rewards[0, list(subset)].max().item() for subset in subsets]
-        spread = np.std(best) + 1e-6
         for i, advantage in enumerate(estimate("chen", rewards, k)[0].tolist()):
             mine = [value for value, subset in zip(best, subsets) if i in subset]
-            brute = (np.mean(mine) - np.mean(best)) / spread
+            brute = (np.mean(mine) - np.mean(best)) / (np.std(best) + 1e-6)
             assert advantage == pytest.approx(brute, abs=1e-9)
 
 
 def test_a_group_in_which_no_sample_can_make_a_difference_has_an_advantage_of_exactly_zero():
     """Chen et al.: any 4 of 16 hold a success; leave-one-out: any 3 do. Rounding would be run."""
-    for correct, order in itertools.product(range(17), range(5)):
-        shuffle = torch.randperm(16, generator=seeded(order))
-        rewards = group(correct)[:, shuffle]
+    for correct in range(17):
+        rewards = group(correct)[:, torch.randperm(16, generator=seeded())]
         assert estimate("chen", rewards).any() == (1 <= correct <= 12)
         assert estimate("pkpo_loo", rewards).any() == (1 <= correct <= 13)
         assert estimate("maxrl", rewards).any() == (1 <= correct <= 15)
     assert not estimate("pkpo_loo", torch.full((3, 7), 0.37)).any()
 
 
-def test_mahdavi_is_the_gradient_of_pass_at_k():
-    """With p = Σ_i π_i r_i, ∇(1 − (1−p)^k) by automatic differentiation over a uniform policy."""
-    theta = torch.zeros(8, dtype=torch.float64, requires_grad=True)
-    p = (theta.softmax(0) * group(3, 8)[0]).sum()
-    (1 - (1 - p) ** 4).backward()
-    advantages = estimate("mahdavi", group(3, 8))[0]
-    assert torch.allclose((advantages - advantages.mean()) / 8, theta.grad)
-
-
-@parametrize("name", ["chen", "mahdavi", "maxrl"])
-def test_an_estimator_of_successes_refuses_other_rewards(name):
-    with pytest.raises(ValueError, match="other than 0 and 1"):
-        estimate(name, torch.full((1, 8), 0.5))
-
-
 # --- The KL penalty -------------------------------------------------------------------------------
 @parametrize("beta", [-4.0, 0.5, 2.0, 8.0])
 def test_the_penalised_advantage_has_the_gradient_of_the_objective_less_the_divergence(beta):
-    """A group that holds each outcome as often as its probability says makes the group's mean an
-    exact expectation."""
+    """A group holds each outcome as often as its probability says, so its mean is exact."""
     counts = torch.tensor([1, 80, 19, 40, 60])  # of 200
     rewards = torch.tensor([1.0, 0.6, 0.0, 0.3, -0.5], dtype=torch.float64)
     base = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
@@ -145,7 +126,6 @@ def test_the_penalised_advantage_has_the_gradient_of_the_objective_less_the_dive
     objective = (pi * (beta * rewards).exp()).sum().log() / beta
     divergence = (pi * (pi / base).log()).sum()
     (objective - 0.3 * divergence).backward()
-
     outcomes = torch.repeat_interleave(torch.arange(5), counts)
     advantages = risk_sensitive_advantage(rewards[outcomes][None], beta)
     ratios = (pi.detach() / base).log()[outcomes][None]
@@ -176,16 +156,15 @@ def test_a_resumed_run_is_kept_near_the_model_that_it_started_from(tiny, tmp_pat
     run("whole", steps=6)
     run("broken", steps=4)
     run("broken", steps=6, resume=True)
-    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+    assert_same(tmp_path / "broken", tmp_path / "whole", results=False)
 
 
 # --- The verifier ---------------------------------------------------------------------------------
-EQUIVALENT = r"""\frac{1}{2} ~ \frac12 | \frac{1}{2} ~ 0.5 | 0.5 ~ \dfrac{1}{2} | \frac{3}{4} ~ 3/4
-\frac{\sqrt{3}}{3} ~ \frac{1}{\sqrt{3}} | 3\sqrt{2} ~ \sqrt{18} | \frac{\pi}{2} ~ \pi/2
-(1,2] ~ \left( 1, 2 \right] | (-\infty,2)\cup(3,\infty) ~ (3,\infty)\cup(-\infty,2)
+EQUIVALENT = r"""\frac{1}{2} ~ \frac12 | 0.5 ~ \dfrac{1}{2} | \frac{\pi}{2} ~ \pi/2
+\frac{\sqrt{3}}{3} ~ \frac{1}{\sqrt{3}} | 3\sqrt{2} ~ \sqrt{18} | (1,2] ~ \left( 1, 2 \right]
 \{1,2\} ~ \{2,1\} | 1,2 ~ 2, 1 | (3,4) ~ (3,\,4) | x^2-1 ~ (x-1)(x+1) | 5 ~ x=5 | 5 ~ 5\text{ cm}
 90 ~ 90^\circ | 10 ~ 10\% | 50\% ~ 0.5 | 50% ~ 50 | 50% ~ 0.5 | x<2 ~ (-\infty,2) | 18 ~ \$18.00
-1234 ~ 1{,}234 | \text{Evelyn} ~ Evelyn | 6 ~ \boxed{6}
+1234 ~ 1{,}234 | \frac{1}{2} ~ 0.5 | \frac{3}{4} ~ 3/4 | \text{Evelyn} ~ Evelyn | 6 ~ \boxed{6}
 \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix} 1 \\ 2 \end{pmatrix}"""  # answer ~ box
 DIFFERENT = r"""\frac{1}{2} ~ \frac13 | \frac{1}{3} ~ 0.33 | \sqrt{2} ~ 1.41 | (1,2] ~ [1,2]
 \{1,2\} ~ \{1,2,3\} | (3,4) ~ (4,3) | x^2-1 ~ x^2+1 | 5 ~ \pm 5 | 5 ~ 5, 6 | 5 ~ 5 \text{ or } 6
@@ -196,7 +175,7 @@ BOXES = r"""2 ~ \boxed{1} or \boxed{2} | \frac{1}{2} ~ \boxed{\frac{1}{2}} and 3
 RIGHT = r"""1234 | The answer is 1,234. | The answer is $1,234.00. | #### 1234 | **1234** | 1234%
 1 + 1233 = 1234 apples | 1,234, | \boxed{1234}, which is 2 less | \boxed{1,234.00}"""
 WRONG = r"""It is 1234, not 1 | -1234 | 1234.5 | 12345 | 1,2345 | 1,234,5 | \boxed{7} 1234
-\boxed{} 1234 | 1234 \boxed{123 | no number | """
+\boxed{} 1234 | 1234 \boxed{123 | no number | １２３４ | ١٢٣٤ | """
 M = 10**6
 REPEATED = r"\boxed{ | \frac{1}{ | { | } | \} | \ | 1 | 1  | 111, | 1. | -$ | ٣ | ½ | % | ."
 # What takes math-verify minutes, or gigabytes; and what may make it stumble.
@@ -204,15 +183,12 @@ BOMBS = ["9^{9^{9^9}}", "10^{10^8}", "(10^9)!", r"\sum_{n=1}^{10^9} n^n", "(x+y+
 MALFORMED = r"""10^{10^{10}} | 0/0 | \frac{1}{0} | \frac{ | \frac{1} | 1e1000000 | 18² | １８ | ١٨
 \begin{pmatrix} | \begin{pmatrix}1&2\\3\end{pmatrix} | \ | $ | % | __import__('os').abort() | ∞"""
 LONG = ["(" * 100 + "1" + ")" * 100, r"\sqrt{" * 19 + "2" + "}" * 19]
-LONG += ["+" * 300, "1,2" * 100, r"\text{" + "a " * 100 + "}"]
-LONG += ["\n1\n", "\0", "\ud800"]
-FAKE = """LatexExtractionConfig = object
+LONG += ["+" * 300, "1,2" * 100, r"\text{" + "a " * 100 + "}", "\n1\n", "\0", "\ud800"]
+FAKE = r"""LatexExtractionConfig = object
 def parse(text, *a, **k):
     print(1)
-    if 'deep' in text: raise RecursionError
-    return text
+    return text.removeprefix(r'\boxed{deep}') or 1 / 0
 def verify(answer, box, **k):
-    print(1)
     return answer == box
 """
 
@@ -254,19 +230,18 @@ def verifiers(monkeypatch):
 
 def test_a_box_earns_its_reward_in_every_equivalent_form_and_in_no_other(verifiers):
     for expected, text in ((1, EQUIVALENT), (0, DIFFERENT)):
-        for answer, box in answers_and(text):
-            assert math_reward(boxed(box), answer) == expected, (answer, box)
-    assert verifier.killed == [] and len(verifiers) == 1  # the same process judged them all
+        answers, boxes = zip(*answers_and(text))
+        rewards = verifier.math_rewards(map(boxed, boxes), answers)
+        assert [pair for *pair, reward in zip(answers, boxes, rewards) if reward != expected] == []
+    assert len(verifier.idle_verifiers) == len(verifiers) <= verifier.VERIFIERS  # none is killed
 
 
 def test_the_last_box_is_read_with_its_braces_matched_and_not_if_unclosed_long_or_deep():
     for read, text in answers_and(BOXES):
         assert verifier.last_box(text) == read, text
     nested = "{" * 19 + "1" + "}" * 19
-    for longest in (nested, "1" * 300):
-        assert verifier.last_box(boxed(longest)) == longest
-    for over in ("{" + nested + "}", "1" * 301):
-        assert verifier.last_box(boxed(over)) == ""
+    texts = [nested, "1" * 300, "{" + nested + "}", "1" * 301]
+    assert [verifier.last_box(boxed(text)) for text in texts] == [*texts[:2], "", ""]
     assert verifier.last_box("boxed{7}") is verifier.last_box("") is None
 
 
@@ -277,16 +252,7 @@ def test_without_a_box_the_last_number_counts_if_the_answer_is_a_number(monkeypa
         for text in items(texts):
             assert math_reward(text, answer) == expected, text
     assert math_reward("so 1234", r"\frac{1234}{1}") == 0
-
-
-def test_plain_numbers_are_exact_and_look_alikes_are_none():
-    assert verifier.plain_number("-$1,234.50") == -1234.5
-    assert verifier.plain_number(".5") == verifier.plain_number("50%") / 100
     assert math_reward("0.1", "0.1000000000000000055511151231257827") == 0  # equal as floats
-    assert math_reward(f"1{'0' * 50}1", f"1{'0' * 51}") == 0
-    for text in ["1,23", "5 5", "1e5", "--5", "1.2.3", *"٣５²½x-$%", ""]:
-        assert verifier.plain_number(text) is None
-    assert not any(math_reward(f"it is {look_alike}", "5") for look_alike in "٥５𝟓")
 
 
 @parametrize("answer", ["18", r"\frac{1}{2}", "1" * M], ids=["number", "fraction", "long"])
@@ -312,24 +278,15 @@ def test_a_comparison_that_overruns_is_killed_and_said_once(verifiers, monkeypat
     assert all(process.returncode not in (None, 0) for process in verifiers)  # no zombie
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@on_linux
 def test_a_verifier_has_bounded_memory_and_ctrl_c_does_not_reach_it(verifiers):
     process = verifier.start_verifier()
-    limits = Path(f"/proc/{process.pid}/limits").read_text().splitlines()
-    (memory,) = [line.split()[3] for line in limits if "address space" in line]
-    assert int(memory) == verifier.VERIFY_BYTES
+    limits = Path(f"/proc/{process.pid}/limits").read_text().split()
+    assert f"address space {verifier.VERIFY_BYTES} " in " ".join(limits)
     assert os.getpgid(process.pid) != os.getpgid(0)
 
 
-def test_answers_are_judged_in_batches_and_in_any_thread_alike(verifiers):
-    answers, boxes = zip(*answers_and(EQUIVALENT))
-    with ThreadPoolExecutor(1) as pool:
-        rewards = pool.submit(verifier.math_rewards, map(boxed, boxes), answers).result()
-    assert rewards == [1.0] * len(boxes)
-    assert len(verifier.idle_verifiers) == len(verifiers) <= verifier.VERIFIERS
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@on_linux
 @parametrize("line", ["", "v.VERIFY_SECONDS = 1; v.equivalent('9^{9^{9^9}}', '18')"])
 def test_a_verifier_idle_or_busy_ends_when_its_run_is_killed(line):
     pytest.importorskip("math_verify")
@@ -360,15 +317,10 @@ def test_what_math_verify_prints_or_raises_is_no_verdict(verifiers, tmp_path, mo
 
 # --- Problems -------------------------------------------------------------------------------------
 PAIRS = [("What is 1+1?", "2"), ("Halve 1.\n\nAs one.", r"\frac{1}{2}"), ("Six by seven?", "42")]
-DAPO = "Solve the following math problem step by step. The last line of your response should be of "
-DAPO += (
-    "the form Answer: $Answer (without quotes).\n\n%s\n\nRemember to put your answer on its own."
-)
-ONE = b'{"problem": "1?", "answer": "1"}\n'
-FILES = b"""problem,answer | {"problem": "1?"} | {"text": "1?", "label": "1"} | 5 | null | \
-"problem" | ["problem", "answer"] | {"problem": "1?", "answ"""
+DAPO = "Solve the following math problem step by step. Say it.\n\n%s\n\nRemember to say it."
+FILES = b"""problem,answer | {"problem": "1?"} | ["problem", "answer"] | {"problem": "1?", "answ"""
 MALFORMED_FILES = [None, b"", b"[" * 200_000, *FILES.split(b" | ")]
-MALFORMED_FILES += [ONE.replace(b"?", b"\xff"), ONE.replace(b"?", b"\\ud800")]
+MALFORMED_FILES += [b'{"problem": "%s", "answer": "1"}' % odd for odd in (b"\xff", b"\\ud800")]
 SUMS = [{"problem": f"How much is {i} and 1?", "answer": i + 1} for i in range(300)]
 REFUSED = """: --task is missing
 --task chess: chess can't be read
@@ -376,11 +328,8 @@ REFUSED = """: --task is missing
 --task countdown --eval-task gsm8k: --eval-task
 --task gsm8k: read the prompts
 --task gsm8k --updates 5 --prompts 4: --updates
---task gsm8k --updates 0: --updates
 --task gsm8k --advantage chen --k 17: --k
 --task gsm8k --advantage pkpo_loo --k 1: --k
---task gsm8k --clip-low nan: --clip-low
---task gsm8k --dynamic-sampling -1: --dynamic-sampling
 --task gsm8k --eval-task math12k: too small"""
 
 
@@ -422,14 +371,6 @@ def test_each_named_set_is_read_from_its_columns_each_problem_once(hub, name):
     assert problems.load_problems(name, evaluating=True) == PAIRS
 
 
-def test_a_line_is_what_ends_in_a_newline_whatever_characters_a_problem_holds(tmp_path):
-    texts = ["1\u2028 2\x85 3\x0c", "é", "  4 "]
-    lines = [json.dumps({"problem": text, "answer": 1}, ensure_ascii=False) for text in texts]
-    (tmp_path / "own.jsonl").write_bytes(("\r\n\n".join(lines) + "\n\n").encode())
-    loaded = problems.load_problems(str(tmp_path / "own.jsonl"), evaluating=False)
-    assert loaded == [(text.strip(), "1") for text in texts]
-
-
 @parametrize("content", MALFORMED_FILES)
 def test_a_malformed_file_gets_one_sentence_and_exit_status_2(hub, tmp_path, capsys, content):
     file = tmp_path / "own.jsonl"
@@ -448,17 +389,13 @@ def test_a_file_of_other_columns_is_told_which_it_has_and_which_are_understood(t
 
 
 # --- The task of mathematics ----------------------------------------------------------------------
-def load_task(**settings):
-    return mathematics.load_task(MathConfig(**settings))
-
-
 def test_a_tenth_is_held_out_by_a_hash_and_no_order_or_size_moves_a_problem(hub, tmp_path):
     file = write_rows(tmp_path / "own.jsonl", SUMS + SUMS[:50])
-    task = load_task(task=file, eval_problems=1000)
+    task = load_task(MathConfig(task=file, eval_problems=1000))
     expected = [(row["problem"], str(row["answer"])) for row in SUMS]
     assert sorted(task.train + task.held_out) == sorted(expected)
     assert 10 < len(task.held_out) < 60
-    half = load_task(task=write_rows(tmp_path / "half.jsonl", SUMS[149::-1]), seed=1)
+    half = load_task(MathConfig(task=write_rows(tmp_path / "half.jsonl", SUMS[149::-1]), seed=1))
     assert set(half.train) < set(task.train)
     assert set(half.held_out) < set(task.held_out)
 
@@ -467,7 +404,8 @@ def test_what_an_eval_task_asks_is_not_trained_on(hub, tmp_path):
     file = write_rows(tmp_path / "own.jsonl", SUMS)
     asked = [{"question": f"{row['problem']} ", "answer": "#### 7"} for row in SUMS[:100]]
     other = write_rows(tmp_path / "other.jsonl", asked)
-    task = load_task(task=file, eval_task=f" {other} ,", eval_problems=5, train_problems=7)
+    sizes = {"eval_problems": 5, "train_problems": 7}
+    task = load_task(MathConfig(task=file, eval_task=f" {other} ,", **sizes))
     assert task.held_out == [(row["problem"], "7") for row in SUMS[:5]]
     assert [problem for problem, _ in task.train] == [row["problem"] for row in SUMS[100:107]]
 
@@ -481,67 +419,42 @@ def test_a_setting_that_cannot_work_gets_one_sentence(hub, capsys, line):
     assert said in complaint(capsys, *given.split())
 
 
-@pytest.fixture
-def talker():
-    """A tokenizer of bytes that adds a BOS by itself, as Llama's does."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    bos = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.post_processor = bos
-    ends = {"bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
-
-
-TEMPLATE = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[model]"
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}={% endfor %}Answer:"
 ASKED = [
-    (None, "", "<s>{}"),
-    (TEMPLATE, "", "<s>{}"),
-    (None, "Box it.", "<s>{}\nBox it.\n\n"),
-    (TEMPLATE, "Box it.", "<s>[user]{}\nBox it.[model]"),
-    (TEMPLATE.removeprefix("<s>"), "Box it.", "[user]{}\nBox it.[model]"),  # it means no BOS
+    ("<s>" + TEMPLATE, "", "<s>{}"),
+    (None, "Answer.", "<s>{}\nAnswer.\n\n"),
+    ("<s>" + TEMPLATE, "Answer.", "<s>user: {}\nAnswer.=Answer:"),
+    (TEMPLATE, "Answer.", "user: {}\nAnswer.=Answer:"),  # it means no BOS
 ]
 
 
 @parametrize("template, instruction, asked", ASKED)
-def test_a_prompt_has_the_chat_template_and_one_bos(talker, template, instruction, asked):
-    talker.chat_template = template
-    questions = ["1+1?", "What is the half of é?"]
-    prompts = mathematics.encode(talker, questions, instruction)
-    for ids, question in zip(prompts, questions, strict=True):
-        assert talker.decode(ids) == asked.format(question)
-        assert ids.count(0) == asked.count("<s>")
-
-
-def test_several_sets_have_a_table_each_of_their_own_problems(hub, capsys):
-    config = MathConfig(task="dapo17k", eval_task="gsm8k,aime24", eval_problems=2)
-    base = {"n": 4, "correct": [1, 3, 0, 2], "pass_at_k": {"1": 37.5, "4": 75.0}}
-    trained = {**base, "correct": [4, 4, 0, 1]}
-    mathematics.show_sets(config, {"0": base, "2": {}, "10": trained})
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[:2] == ["pass@1 50.0 100.0 gsm8k", "pass@4 100.0 100.0 gsm8k"]
-    assert lines[2:] == ["pass@1 25.0 12.5 aime24", "pass@4 50.0 50.0 aime24"]
+def test_a_prompt_has_the_chat_template_and_one_bos(template, instruction, asked):
+    """Of a tokenizer that adds a BOS by itself, as Llama's does."""
+    tokenizer = tokenizer_of_letters()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    begun = TemplateProcessing("<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begun
+    tokenizer.chat_template = template
+    questions = ["1+1=", "Target: 7."]
+    prompts = mathematics.encode(tokenizer, questions, instruction)
+    assert tokenizer.batch_decode(prompts) == [asked.format(question) for question in questions]
 
 
 # --- The paper's recipe ---------------------------------------------------------------------------
 RECIPE = {"updates": 2, "dynamic_sampling": 2, "checkpointing": True}
 DRAWS = "1 10 4, 3 10 2, 4 10 1, 0 2 3, 1 1 2, 0 0 1"  # with a signal, --dynamic-sampling, draws
-GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
 
 
 def recipe_of(model, folder, **changes):
     """The settings of a run of some seconds on Countdown, without the recipe unless it is given."""
-    small = asdict(settings_of(model, folder))
-    return MathConfig(**{**small, "advantage": "first", "steps": 4, **changes})
+    small = settings_of(model, folder, advantage="first", steps=4)
+    return MathConfig(**asdict(small) | changes)
 
 
 def shake(policy):
     for parameter in policy.model.parameters():
-        noise = torch.randn(parameter.shape, generator=seeded(1, device="cpu"))
+        noise = torch.randn(parameter.shape, generator=seeded())
         parameter.data += 0.05 * parameter.data.std() * noise.to(parameter.device)
 
 
@@ -553,81 +466,41 @@ def test_without_the_recipe_every_step_is_that_of_rs_grpo(tiny, tmp_path):
 
 
 @parametrize("moment", ["report 1", "clipped_policy_gradient 6", "save_checkpoint 4"])
-def test_a_run_of_the_recipe_resumes_to_the_same(talker, hub, tmp_path, monkeypatch, moment):
+def test_a_run_of_the_recipe_resumes_to_the_same(models, hub, tmp_path, monkeypatch, spy, moment):
     """Broken off before the first checkpoint after a step, between updates, and before the next."""
     settings = {"task": write_rows(tmp_path / "own.jsonl", SUMS), "k": 1, **RECIPE}
-    model = save_model(tmp_path / "model", talker)
     recipe = (mathematics.collect, mathematics.update)
-    train(recipe_of(model, tmp_path / "whole", **settings), False, *recipe)
-    name, count = moment.split()
-    module = mathematics if name in vars(mathematics) else rs_grpo
-    calls = itertools.count(1)
-    original = getattr(module, name)
-
-    def breaking(*args):
-        if next(calls) == int(count):
-            raise RuntimeError("killed")
-        return original(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(module, name, breaking)
-        train(recipe_of(model, tmp_path / "run", **settings), False, *recipe)
-    monkeypatch.delitem(rs_grpo.TASKS, settings["task"])  # as in a new process
-    mathematics.main(["--resume", "--out", str(tmp_path / "run")])
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    whole = (tmp_path / "whole" / "eval.json").read_text()
-    assert (tmp_path / "run" / "eval.json").read_text() == whole
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]
-    assert (state["step"], state["drawn"]) == (4, 12)
-
-
-def sixth_step(module, policy, config, generator, step=5):
-    """What `collect` returns, and the state afterwards."""
-    task = rs_grpo.TASKS[config.task](config)
-    state = SimpleNamespace(step=step, solved=torch.zeros(len(task.train), dtype=torch.bool))
-    return *module.collect(policy, task, config, state, generator), state
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    train(recipe_of(models["wordy"], whole, **settings), False, *recipe)
+    spy(moment, RuntimeError("killed"), mathematics if "clipped" in moment else rs_grpo)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(recipe_of(models["wordy"], run, **settings), False, *recipe)
+    monkeypatch.delitem(TASKS, settings["task"])  # as in a new process
+    mathematics.main(["--resume", "--out", str(run)])
+    assert_same(run, whole)
+    assert saved(run)["state"]["drawn"] == 12
 
 
 @parametrize("numbers", DRAWS.split(", "))
-def test_dynamic_sampling_draws_until_enough_groups_have_a_signal(policy, numbers):
+def test_dynamic_sampling_joins_draws_until_enough_groups_have_a_signal(policy, numbers):
+    """As if they were drawn in several steps without learning."""
     with_signal, bound, draws = map(int, numbers.split())
     config = recipe_of("", "", k=with_signal, dynamic_sampling=bound)
-    rollouts, advantages, state = sixth_step(mathematics, policy, config, seeded())
+    task = TASKS["countdown"](config)
+    state = SimpleNamespace(step=5)
+    device = policy.model.device
+    ours, advantages = mathematics.collect(policy, task, config, state, seeded(device=device))
     assert (state.step, state.drawn) == (5, 5 + draws)
-    assert len(set(rollouts.questions)) == len(advantages) == 4 * draws
-    assert advantages.any(1).float().mean().item() == with_signal / 4
-
-
-def test_draws_of_one_step_are_joined_as_if_drawn_in_several_steps_without_learning(policy):
-    config = recipe_of("", "", advantage="rs", dynamic_sampling=1)
-    generator = seeded()
-    ours, advantages, _ = sixth_step(mathematics, policy, config, generator)
-    generator.manual_seed(0)
-    first, a, _ = sixth_step(rs_grpo, policy, config, generator)
-    second, b, _ = sixth_step(rs_grpo, policy, config, generator, step=6)
-    for name in ("questions", "prompts", "completions", "texts"):
-        assert getattr(ours, name) == getattr(first, name) + getattr(second, name)
-    assert torch.equal(ours.rewards, torch.cat([first.rewards, second.rewards]))
-    assert torch.equal(advantages, torch.cat([a, b]))
-    nats = first.entropy * first.tokens + second.entropy * second.tokens
-    assert ours.entropy == pytest.approx(nats / ours.tokens) and first.tokens != second.tokens
-
-
-class Noting:
-    """An optimizer that notes each gradient and its policy, and shakes the weights for a step."""
-
-    def __init__(self, policy):
-        self.policy = policy
-        self.param_groups = [{}]
-        self.seen = []
-
-    def step(self):
-        before = self.policy._replace(model=copy.deepcopy(self.policy.model))
-        self.seen.append((before, gradient(self.policy)))
-        shake(self.policy)
-
-    def zero_grad(self):
-        self.policy.model.zero_grad()
+    assert len(set(ours.questions)) == 4 * draws
+    collect = partial(rs_grpo.collect, policy, task, config, generator=seeded(device=device))
+    steps = [collect(SimpleNamespace(step=step)) for step in range(5, 5 + draws)]
+    parts, theirs = zip(*steps)
+    *lists, rewards, _ = zip(*parts)
+    assert list(ours[:4]) == [sum(each, []) for each in lists]
+    assert torch.equal(ours.rewards, torch.cat(rewards))
+    assert torch.equal(advantages, torch.cat(theirs))
+    nats = sum(part.entropy * part.tokens for part in parts)
+    assert ours.entropy == pytest.approx(nats / ours.tokens)
 
 
 @parametrize("checkpointing", [False, True])
@@ -636,18 +509,24 @@ def test_every_update_has_the_gradient_of_a_hand_written_ppo_loss(policy, checkp
     rollouts = draw(policy, samples=16, max_tokens=7, temperature=0.8)
     rows = pairs(rollouts)
     assert len(set(rows)) == 48  # none are equal, so none are run as one
-    advantages = torch.randn(3, 16, generator=seeded(device="cpu"))
+    advantages = torch.randn(3, 16, generator=seeded())
     advantages[1] = 0  # a group without a signal
     settings = {"updates": 2, "clip_low": 0.1, "clip_high": 0.3, "checkpointing": checkpointing}
     config = MathConfig(task="countdown", micro_tokens=150, temperature=0.8, **settings)
     with torch.no_grad():
         old = [plain_logprobs(policy, *row, 0.8) for row in rows]
-    optimizer = Noting(policy)
+    seen = []
+
+    def step():
+        before = policy._replace(model=copy.deepcopy(policy.model))
+        seen.append((before, gradient(policy)))
+        shake(policy)
+
+    optimizer = SimpleNamespace(param_groups=[{}], step=step, zero_grad=policy.model.zero_grad)
     norm = mathematics.update(policy, optimizer, rollouts, advantages, config, 3)
 
-    norms = []
-    places = set()
-    for part, (now, ours) in zip((range(32), range(32, 48)), optimizer.seen, strict=True):
+    norms, places = [], set()
+    for part, (now, ours) in zip((range(32), range(32, 48)), seen, strict=True):
         loss = 0
         for i in part:
             a = advantages.flatten()[i].item()
@@ -664,15 +543,12 @@ def test_every_update_has_the_gradient_of_a_hand_written_ppo_loss(policy, checkp
     assert len(places) == 6  # below, above and between the bounds, for both signs
 
 
-@parametrize("kind, sizes", [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gpt2", GPT2)])
-def test_a_checkpointed_model_learns_the_same_and_is_as_before(policy, tmp_path, kind, sizes):
-    """Rotary positions are relative and forgive a shift; GPT-2's are looked up in a table."""
-    policy, _, _ = load(save_model(tmp_path, policy.tokenizer, kind, **sizes))
+@parametrize("policy", ["tiny", "absolute"], indirect=True)
+def test_a_checkpointed_model_learns_the_same_and_is_as_before(policy):
     rollouts = draw(policy, samples=4, max_tokens=9, temperature=0.7)
-    calls = []
-    results = []
-    layer = (policy.model.base_model.h if sizes else policy.model.base_model.layers)[0]
-    attention = layer.attn if sizes else layer.self_attn
+    calls, results = [], []
+    layers = policy.model.base_model.named_modules()
+    attention = next(module for name, module in layers if name.endswith("attn"))
     attention.register_forward_hook(lambda *_: calls.append(1))
     for function in (mathematics.checkpointed_logprobs, rs_grpo.completion_logprobs):
         logprobs = function(policy, rollouts.prompts, rollouts.completions, 0.7)
@@ -685,18 +561,8 @@ def test_a_checkpointed_model_learns_the_same_and_is_as_before(policy, tmp_path,
     assert (ours - reference).norm() < 1e-5 * reference.norm()
 
 
-def test_the_script_runs_as_a_module_and_its_help_names_its_flags():
-    done = python("-m", "extensions.mathematics", "--help")
-    assert done.returncode == 0 and "--k K" in done.stdout and "--updates" in done.stdout
-
-
 # --- The same advantage inside TRL and verl -------------------------------------------------------
-SIZES = {"max_steps": 1, "num_generations": 4, "per_device_train_batch_size": 8}
-SIZES |= {"gradient_accumulation_steps": 2}  # so that TRL shuffles 16 rows and splits them in two
-SIZES |= {"num_generations_eval": 3, "per_device_eval_batch_size": 6}
-SIZES |= {"max_completion_length": 12, "temperature": 3.0}  # completions of a prompt differ
-SCALED = [{"scale_rewards": value} for value in ("group", "batch", True)]
-SCALED += [{"multi_objective_aggregation": "normalize_then_sum"}]
+SCALED = [("scale_rewards", "group"), ("multi_objective_aggregation", "normalize_then_sum")]
 
 
 @pytest.fixture
@@ -709,8 +575,12 @@ def trl_config(folder, **settings):
     """TRL's settings for a tiny run on the CPU."""
     from trl import GRPOConfig
 
-    plain = {"scale_rewards": "none", "bf16": False, "use_cpu": True, "save_strategy": "no"}
-    plain |= {"output_dir": str(folder), "report_to": [], "disable_tqdm": True}
+    plain = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": []}
+    plain |= {"scale_rewards": "none", "max_steps": 1, "save_strategy": "no"}
+    plain |= {"num_generations": 4, "num_generations_eval": 3}
+    plain |= {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 6}
+    plain |= {"gradient_accumulation_steps": 2}  # TRL shuffles 16 rows and splits them in two
+    plain |= {"max_completion_length": 12, "temperature": 3.0}  # completions of a prompt differ
     return GRPOConfig(**plain | settings)
 
 
@@ -718,122 +588,86 @@ def test_trls_loss_sees_our_advantages_in_training_and_in_evaluation(trl_rs_grpo
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    judged = {True: [], False: []}  # by whether it is training
-    seen = {True: [], False: []}
-    tokenizer = AutoTokenizer.from_pretrained(rs_grpo.EMBEDDED)
+    expected, seen = {}, {}  # by completion
 
     def reward(completion_ids, **rest):  # scaling or reordering would show
-        values = [sum(i * token for i, token in enumerate(ids)) % 17 / 8 for ids in completion_ids]
-        judged[trainer.model.training] += zip(map(tuple, completion_ids), values)
-        return values
+        rewards = [sum(i * token for i, token in enumerate(ids)) % 17 / 8 for ids in completion_ids]
+        groups = torch.tensor(rewards).view(-1, 4 if trainer.model.training else 3)
+        advantages = risk_sensitive_advantage(groups, 2.0).flatten().tolist()
+        expected.update(zip(map(tuple, completion_ids), advantages))
+        return rewards
 
     class Watched(trl_rs_grpo.RSGRPOTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             masks = inputs["completion_mask"].bool()
             for row, mask, a in zip(inputs["completion_ids"], masks, inputs["advantages"]):
-                seen[model.training].append((tuple(row[mask].tolist()), a.item()))
+                seen[tuple(row[mask].tolist())] = a.item()
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    task = rs_grpo.TASKS["countdown"](rs_grpo.Config())
+    task = TASKS["countdown"](rs_grpo.Config())
     rows = [{"prompt": question} for question, _ in task.train[:6]]
     trainer = Watched(
         model=AutoModelForCausalLM.from_pretrained(rs_grpo.EMBEDDED),
         reward_funcs=reward,
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(rs_grpo.EMBEDDED),
         train_dataset=Dataset.from_list(rows[:4]),
         eval_dataset=Dataset.from_list(rows[4:]),
-        args=trl_config(tmp_path, **SIZES),
+        args=trl_config(tmp_path),
         beta_risk=2.0,
     )
     trainer.train()
     trainer.evaluate()
-    for training, samples, count in ((True, 4, 16), (False, 3, 6)):
-        completions, values = zip(*judged[training])
-        expected = risk_sensitive_advantage(torch.tensor(values).view(-1, samples), 2.0)
-        expected = dict(zip(completions, expected.flatten().tolist()))
-        assert len(seen[training]) == len(expected) == count  # all completions differ
-        assert len(set(expected.values())) > 3  # a signal
-        for completion, advantage in seen[training]:
-            assert advantage == pytest.approx(expected[completion], abs=1e-5)
+    assert len(seen) == 16 + 6  # all completions differ
+    assert seen == pytest.approx(expected, abs=1e-5)
+    assert len(set(expected.values())) > 6  # a signal
 
 
-@parametrize("training", [True, False])
-def test_a_group_that_lies_across_two_trl_processes_is_one(trl_rs_grpo, monkeypatch, training):
+def test_a_group_that_lies_across_two_trl_processes_is_one(trl_rs_grpo, monkeypatch):
     trainer_class = trl_rs_grpo.RSGRPOTrainer
     rewards = torch.rand(3, 4, generator=seeded())  # six on each process
     shifted = (rewards - rewards.mean(1, keepdim=True)).flatten()
     expected = risk_sensitive_advantage(rewards, 3.0).flatten().tolist()
-
-    def part(process):
-        trainer = trainer_class.__new__(trainer_class)  # one process, without a model
-        trainer.beta_risk = 3.0
-        trainer._scored = torch.ones(12, dtype=torch.bool)
-        trainer.num_generations, trainer.num_generations_eval = (4, 2) if training else (2, 4)
-        trainer.model = SimpleNamespace(training=training)
-        trainer.accelerator = SimpleNamespace(process_index=process, gather=lambda mine: shifted)
+    trainer = trainer_class.__new__(trainer_class)  # without a model
+    trainer.model = SimpleNamespace(training=True)
+    trainer.beta_risk, trainer.num_generations = 3.0, 4
+    trainer._scored = torch.ones(12, dtype=torch.bool)
+    name = "_generate_and_score_completions"
+    found = []
+    for process, mine in enumerate(shifted.split(6)):
+        trainer.accelerator = SimpleNamespace(process_index=process, gather=lambda _: shifted)
         trainer._logs = {"advantages": deque([7.0] + shifted.tolist(), maxlen=13)}
-        mine = {"advantages": shifted[6 * process : 6 * process + 6]}
-        name = "_generate_and_score_completions"
-        monkeypatch.setattr(trainer_class.__base__, name, lambda self, inputs: mine)
-        output = trainer._generate_and_score_completions([])
+        monkeypatch.setattr(trainer_class.__base__, name, lambda *args: {"advantages": mine})
+        found += trainer._generate_and_score_completions([])["advantages"].tolist()
         assert list(trainer._logs["advantages"]) == pytest.approx([7.0] + expected, abs=1e-6)
-        return output["advantages"].tolist()
-
-    assert part(0) + part(1) == pytest.approx(expected, abs=1e-6)
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_completion_that_nobody_judged_gets_zero_and_leaves_trls_group(trl_rs_grpo, monkeypatch):
     trainer_class, nan = trl_rs_grpo.RSGRPOTrainer, torch.nan
-    by_function = torch.tensor([[1, nan], [nan, 0], [0, 0], [nan, nan]])
+    by_function = torch.tensor([[1, nan], [nan, 0], [0, 0], *[[nan, nan]] * 5])
     monkeypatch.setattr(trainer_class.__base__, "_calculate_rewards", lambda *args: by_function)
     trainer = trainer_class.__new__(trainer_class)
     assert trainer._calculate_rewards([], [], [], []) is by_function
-    shifted = torch.tensor([2 / 3, -1 / 3, -1 / 3, 0])  # TRL's: by the mean of those judged
+    shifted = torch.tensor([2 / 3, -1 / 3, -1 / 3, 0, 0, 0, 0, 0])  # TRL's: of those judged
     advantages = trl_rs_grpo.regrouped_advantage(shifted, trainer._scored, 4, 2.0)
     expected = risk_sensitive_advantage(torch.eye(3)[:1], 2.0)[0]
-    assert torch.allclose(advantages[:3], expected, atol=1e-6) and advantages[3] == 0
-    nobody = torch.zeros(4, dtype=torch.bool)
-    assert not trl_rs_grpo.regrouped_advantage(shifted, nobody, 4, 2.0).any()
+    assert torch.allclose(advantages[:3], expected, atol=1e-6) and not advantages[3:].any()
 
 
-@parametrize("settings", SCALED)
-def test_trls_other_scalings_are_refused_in_a_sentence(trl_rs_grpo, tmp_path, settings):
-    message = f"^{next(iter(settings))} is '.*', but must be '.*': RS-GRPO needs unscaled rewards$"
-    with pytest.raises(ValueError, match=message):
-        trl_rs_grpo.RSGRPOTrainer("no-such-model", [], trl_config(tmp_path, **settings))
-
-
-def test_the_trl_script_trains_on_problems_and_answers(trl_rs_grpo, monkeypatch, tmp_path):
-    trainer = Mock()
-    monkeypatch.setattr(trl_rs_grpo, "RSGRPOTrainer", trainer)
-    file = write_rows(tmp_path / "train.jsonl", [{"problem": "What is 1 + 1?", "answer": "2"}])
-    flags = f"--model m --output_dir {tmp_path} --use_cpu true --bf16 false --data {file}"
-    trl_rs_grpo.main([*flags.split(), "--beta_risk", "4", "--num_generations", "8"])
-    (model, reward, config), settings = trainer.call_args
-    assert (model, settings["beta_risk"]) == ("m", 4)
-    assert (config.scale_rewards, config.num_generations, config.beta) == ("none", 8, 0)
-    (row,) = settings["train_dataset"]
-    assert row["prompt"][0]["content"].startswith("What is 1 + 1?\n") and row["answer"] == "2"
-    texts = [[{"role": "assistant", "content": f"so \\boxed{{{i}}}"}] for i in (2, 3)]
-    assert reward(completions=texts, answer=["2", "2"], extra=1) == [1, 0]
-
-
-@pytest.fixture
-def verl_estimator(monkeypatch):
-    """What verl_rs_grpo.py registers, imported in verl's way, in place of an installed verl."""
-    registry = {}
-    names = ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos")
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    register = lambda name: lambda function: registry.setdefault(name, function)  # noqa: E731
-    sys.modules[names[-1]].register_adv_est = register
-    importlib.import_module("extensions.verl_rs_grpo")
-    yield registry["rs_grpo"]
-    del sys.modules["extensions.verl_rs_grpo"]
+@parametrize("name, value", SCALED)
+def test_trls_other_scalings_are_refused_in_a_sentence(trl_rs_grpo, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"^{name} is '{value}', but must be '.*': RS-GRPO needs"):
+        trl_rs_grpo.RSGRPOTrainer("no-such-model", [], trl_config(tmp_path, **{name: value}))
 
 
 @parametrize("config, beta", [(None, 2), ({}, 2), ({"rs_beta": 4}, 4)])
-def test_verl_gets_our_advantages_for_groups_of_unequal_sizes(verl_estimator, config, beta):
+def test_verl_gets_our_advantages_for_groups_of_unequal_sizes(monkeypatch, config, beta):
+    """From what verl_rs_grpo.py registers, in place of an installed verl."""
+    registry = {}
+    verl = SimpleNamespace(register_adv_est=lambda name: partial(registry.setdefault, name))
+    monkeypatch.setitem(sys.modules, "verl.trainer.ppo.core_algos", verl)
+    monkeypatch.delitem(sys.modules, "extensions.verl_rs_grpo", raising=False)
+    importlib.import_module("extensions.verl_rs_grpo")
     index = np.array(list("abacabba"), dtype=object)
     rewards = torch.rand(8, generator=seeded())
     expected = torch.zeros(8)
@@ -845,7 +679,7 @@ def test_verl_gets_our_advantages_for_groups_of_unequal_sizes(verl_estimator, co
     token_rewards = torch.zeros(8, 6)
     token_rewards[:, 0] = rewards / 2
     token_rewards[range(8), lengths - 1] += rewards / 2
-    advantages, returns = verl_estimator(token_rewards, mask, index, config=config, extra=1)
+    advantages, returns = registry["rs_grpo"](token_rewards, mask, index, config=config, extra=1)
     assert advantages.shape == mask.shape and advantages.dtype == torch.float32
     assert torch.allclose(advantages, expected[:, None] * mask, atol=1e-6)
     assert torch.equal(advantages, returns)
