@@ -177,7 +177,7 @@ def test_value_and_reward_agree_with_the_enumeration_of_all_expressions(numbers,
     assert len(judged) == 9216
     assert target in [value for _, value in judged]
     for text, value in judged:
-        for shown in (text, text[1:-1], f"  {text}\nNumbers: 1"):
+        for shown in (text, f"  {text[1:-1]}\nNumbers: 1"):
             assert rs_grpo.countdown_value(shown, numbers) == value
             assert reward_of(shown, numbers, target) == float(value == target)
 
@@ -509,11 +509,11 @@ def test_the_gradient_is_that_of_a_plain_loss_however_the_batch_is_cut(policy, m
 
 @on_a_cpu
 def test_the_gradient_is_the_same_bit_for_bit_on_several_threads(policy):
-    rollouts = draw(policy, 500, max_tokens=3, temperature=3.0, prompts=PROMPTS[:1])
-    advantages = torch.randn(1, 500, generator=seeded())
+    rollouts = draw(policy, 1000, max_tokens=3, temperature=3.0, prompts=PROMPTS[:1])
+    advantages = torch.randn(1, 1000, generator=seeded())
     gradients = []
     torch.set_num_threads(2)
-    for _ in range(3):
+    for _ in range(5):
         rs_grpo.policy_gradient(policy, rollouts, advantages, Config(micro_tokens=10**9))
         gradients.append(gradient(policy))
     torch.set_num_threads(1)
@@ -945,22 +945,15 @@ def test_a_run_broken_off_anywhere_resumes_to_the_same_numbers(whole, small, spy
 def test_a_run_killed_at_any_moment_resumes_to_the_same_numbers(whole, small):
     """By SIGKILL, which leaves no time for anything."""
     log = small().run_folder / "metrics.jsonl"
-    command = [sys.executable, "-c", "from test_rs_grpo import main; main()"]
-    arguments = flags(small())
-    kills = 0
-    for lines in (1, 4):  # kill when that many steps are done, and a moment later
-        process = subprocess.Popen([*command, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
-        done = 0
-        while process.poll() is None and done < lines:
-            time.sleep(0.002)
-            done = log.read_text().count("\n") if log.exists() else 0
-        time.sleep(random.uniform(0, 0.05))
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-        arguments = ["--resume", "--out", small().out]
+    command = [sys.executable, "-c", "from test_rs_grpo import main; main()", *flags(small())]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.1))
+    assert process.poll() is None
+    process.kill()
+    process.wait()
     assert_resumes(small, whole)
-    assert kills
 
 
 def test_resuming_with_more_steps_equals_a_longer_run(whole, small):

@@ -7,9 +7,7 @@
     python -m evidence.compare --quick                           # 2 steps of every method
 
 The command makes the runs that the file doesn't hold, each in a process with one thread; given
-again, it goes on with those that were interrupted. Runs with the same seed see the same problems in
-the same order. The first use of FILE turns it into an ordinary model folder,
-runs/SmolLM2-135M-Instruct; evidence/README.md says where to get it.
+again, it goes on with those that were interrupted. evidence/README.md says where to get FILE.
 """
 
 import argparse
@@ -43,7 +41,6 @@ SMOL = "runs/SmolLM2-135M-Instruct"
 FEW = ["base", "grpo", "rs2", "rs8"]
 
 
-# --- The plan -------------------------------------------------------------------------------------
 class Testbed(NamedTuple):  # what the runs on one model and task have in common
     settings: dict  # all else is the default of rs_grpo.py
     every: int  # steps between evaluations on the way
@@ -79,7 +76,6 @@ def name_of(line):
     return plan.format(**line)
 
 
-# --- One run --------------------------------------------------------------------------------------
 def make(line, folder):
     """Train and evaluate; return `line` with the results. Goes on with what `folder` holds."""
     started = time.perf_counter()
@@ -140,7 +136,6 @@ def curves(folder, results, window):
     return {"curve": curve, "training": training}
 
 
-# --- All runs -------------------------------------------------------------------------------------
 def make_all(lines, args):
     """Make the runs, each in a process of its own; return the names of those that failed."""
     context = multiprocessing.get_context("spawn")
@@ -213,7 +208,6 @@ def convert(gguf, folder):
     os.replace(aside, folder)
 
 
-# --- The command line -----------------------------------------------------------------------------
 def parse(arguments):
     parser = argparse.ArgumentParser("compare.py", description=__doc__.splitlines()[0])
     parser.error = lambda message: parser.exit(2, f"compare.py: {message}; see --help\n")
@@ -265,7 +259,6 @@ def run(args):
         return
     if args.testbed == "pretrained" and not Path(SMOL).exists():
         raise BadInput(f"{SMOL}/ isn't there; give --gguf FILE to make it")
-    print(f"runs to make: {len(missing)}; folders and logs are in {args.runs}/", flush=True)
     args.maker = maker()
     failed = make_all(missing, args)
     if failed:

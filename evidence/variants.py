@@ -17,7 +17,6 @@ SCALE = 0.1  # mean |Â| of a rescaled batch
 MOST_BETA = 16.0
 
 
-# --- Advantages -----------------------------------------------------------------------------------
 def rescaled(advantages):
     """Advantages (P, N) times one number, so that their mean size is SCALE; zeros stay zeros."""
     size = advantages.abs().mean()
@@ -27,8 +26,7 @@ def rescaled(advantages):
 def beta_of_constant_kl(rewards, kl=math.log(2)):
     """For each group the β ≥ 0 with KL(softmax(β r) ‖ uniform) = `kl` nats: (P, N) to (P, 1).
 
-    From arXiv 2601.16175. With c samples of the best reward, the divergence grows with β up to
-    ln(N/c). A group in which that isn't enough, or that has no signal, gets MOST_BETA.
+    From arXiv 2601.16175. A group that can't reach it, or that has no signal, gets MOST_BETA.
     """
     r = rewards.double()
     low = torch.zeros(len(r), 1, dtype=torch.float64)
@@ -61,24 +59,19 @@ def collect_annealed(policy, task, config, state, generator):
     return rs_grpo.collect(policy, task, replace(config, beta=beta), state, generator)
 
 
-# --- Partial credit -------------------------------------------------------------------------------
-def partial_credit(completion, answer):
+def partial_credits(completions, answers):
     """1 for the target, 0.5 / (1 + distance) for an expression with another value, else 0."""
-    numbers, target = answer
-    value = rs_grpo.countdown_value(completion, numbers)
-    if value is None:
-        return 0.0
-    return 1.0 if value == target else 0.5 / (1 + abs(float(value - target)))
+    rewards = []
+    for completion, (numbers, target) in zip(completions, answers):
+        value = rs_grpo.countdown_value(completion, numbers)
+        distance = math.inf if value is None else abs(float(value - target))
+        rewards.append(1.0 if distance == 0 else 0.5 / (1 + distance))
+    return rewards
 
 
-def countdown_partial(config):
-    def judge(completions, answers):
-        return [partial_credit(*pair) for pair in zip(completions, answers)]
-
-    return TASKS["countdown"](config)._replace(judge=judge)
-
-
-TASKS["countdown-partial"] = countdown_partial
+TASKS["countdown-partial"] = lambda config: TASKS["countdown"](config)._replace(
+    judge=partial_credits
+)
 
 
 # --- The methods ----------------------------------------------------------------------------------
