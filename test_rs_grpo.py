@@ -250,7 +250,8 @@ def test_a_hostile_completion_has_no_value_raises_nothing_and_costs_nothing():
 @parametrize("name, size, rest", [("countdown", 10_000, 2_000), ("countdown-text", 4_000, 500)])
 def test_held_out_problems_are_never_trained_on(name, size, rest):
     task = TASKS[name](Config(eval_problems=10**6))
-    assert (len(task.train), len(task.held_out)) == (size, rest)
+    assert len(task.train) == size
+    assert len(task.held_out) == rest
     assert len({question for question, _ in task.train + task.held_out}) == size + rest
 
 
@@ -413,10 +414,10 @@ def plain_samples(policy, prompts, n, max_tokens, temperature, generator):
 def test_samples_are_those_that_plain_forward_passes_draw(policy, max_tokens, every):
     policy = policy._replace(stop_ids=set(range(0, len(policy.tokenizer), every)))
     shapes = shapes_run(policy)
-    rollouts = draw(policy, 16, max_tokens, 0.9, [*PROMPTS, PROMPTS[0]])  # equal ones stay apart
-    prompts = rollouts.prompts[::16]
-    plain, rounds = plain_samples(policy, prompts, 16, max_tokens, 0.9, seeded(device=DEVICE))
-    ours = [(i // 16, completion) for i, completion in enumerate(rollouts.completions)]
+    rollouts = draw(policy, 8, max_tokens, 0.9, [*PROMPTS, PROMPTS[0]])  # equal ones stay apart
+    prompts = rollouts.prompts[::8]
+    plain, rounds = plain_samples(policy, prompts, 8, max_tokens, 0.9, seeded(device=DEVICE))
+    ours = [(i // 8, completion) for i, completion in enumerate(rollouts.completions)]
     assert sorted(ours) == sorted(plain)
     assert shapes[0] == (4, max(map(len, prompts)))  # prompts are run once, then token by token
     assert shapes[1 : len(rounds)] == [(rows, 1) for rows in rounds[1:]]
@@ -426,7 +427,8 @@ def test_the_entropy_is_estimated_by_the_mean_surprise_of_the_drawn_tokens(tiny)
     policy, task, config = load(tiny, temperature=0.8)
     rollouts = rs_grpo.roll_out(policy, task, task.train[:3], 8, config, seeded(device=DEVICE))
     logprobs = [plain_logprobs(policy, *pair, 0.8) for pair in pairs(rollouts)]
-    assert rollouts.entropy == pytest.approx(-torch.cat(logprobs).mean().item(), rel=1e-4)
+    surprise = -torch.cat(logprobs).mean().item()
+    assert rollouts.entropy == pytest.approx(surprise, rel=1e-4)
 
 
 def test_every_eos_of_the_generation_config_ends_a_completion(tmp_path, policy):
@@ -496,7 +498,7 @@ def test_log_probabilities_equal_those_of_one_plain_forward_pass(policy, tempera
 
 
 @each_kind
-@parametrize("micro_tokens", [1, 300, 10**9])
+@parametrize("micro_tokens", [300, 10**9])
 def test_the_gradient_is_that_of_a_plain_loss_however_the_batch_is_cut(policy, micro_tokens):
     rollouts = draw(policy, temperature=0.7)
     rollouts.completions[:2] = [(3, policy.tokenizer.eos_token_id)] * 2  # equal, and ended by EOS
@@ -532,7 +534,7 @@ def test_a_micro_batch_holds_different_completions_of_like_lengths(micro_tokens,
     assert lengths == [1, 2, 3, 5, 6, 8]  # those of 4 are equal, and their sum is 0
 
 
-@parametrize("step", [1, 5, 10, 99])
+@parametrize("step", [1, 9, 99])
 @parametrize("scale", [1000.0, 0.1])
 def test_a_step_is_clipped_to_norm_1_and_warmed_up_over_ten(policy, step, scale):
     before = weights_of(policy)
@@ -556,15 +558,16 @@ def test_an_update_that_is_not_finite_changes_no_weight_and_is_forgotten(policy,
 
 
 def test_of_a_large_vocabulary_a_part_of_the_logits_is_there_at_a_time(policy):
-    rollouts = draw(policy, 9, temperature=3.0, prompts=PROMPTS[:1])
+    policy = policy._replace(stop_ids=set())
+    rollouts = draw(policy, 2, 50, prompts=PROMPTS[:1])
     policy.model.resize_token_embeddings(400_000, mean_resizing=False)
     parts = []
     hook = policy.model.lm_head.register_forward_hook(lambda *io: parts.append(len(io[2])))
-    rs_grpo.policy_gradient(policy, rollouts, torch.ones(1, 9), Config())
+    rs_grpo.policy_gradient(policy, rollouts, torch.ones(1, 2), Config())
     hook.remove()
     assert max(parts) * 400_000 <= 2**25
     assert sum(parts) == 2 * rollouts.tokens  # each is computed again in the backward pass
-    assert_plain_gradient(policy, rollouts, torch.ones(1, 9))
+    assert_plain_gradient(policy, rollouts, torch.ones(1, 2))
 
 
 # --- Precision, and where tensors lie -------------------------------------------------------------
@@ -581,7 +584,7 @@ def test_sampler_and_learner_agree(precision):
     parts = []  # logits (R, V) of each round: a row for every sample that goes on
     head = policy.model.get_output_embeddings()
     hook = head.register_forward_hook(lambda model, args, output: parts.append(output))
-    rollouts = rs_grpo.roll_out(policy, task, task.train[:60], 1, config, seeded(device=DEVICE))
+    rollouts = rs_grpo.roll_out(policy, task, task.train[:30], 1, config, seeded(device=DEVICE))
     hook.remove()
     with policy.autocast():
         learned = rs_grpo.completion_logprobs(policy, *rollouts[1:3], 1.0)  # (B, T)
@@ -729,7 +732,9 @@ def test_an_evaluation_counts_right_and_different_answers_of_each_problem(policy
     task = TASKS["countdown"](Config(eval_problems=3))._replace(judge=judge)
     result = rs_grpo.evaluate(policy, task, Config(prompts=5, samples=2, eval_samples=4))
     assert sizes == [2, 1]  # no more than the 10 completions of a step
-    assert (result["n"], result["correct"], result["distinct"]) == (4, [3, 1, 0], [2, 1, 0])
+    assert result["n"] == 4
+    assert result["correct"] == [3, 1, 0]
+    assert result["distinct"] == [2, 1, 0]
     assert result["pass_at_k"] == pytest.approx({1: 100 / 3, 2: 50, 4: 200 / 3})
 
 
@@ -803,7 +808,8 @@ def test_a_run_leaves_a_folder_that_holds_its_settings_results_metrics_and_pictu
     assert list(results["6"]) == ["n", "correct", "distinct", "pass_at_k"]
     n, correct, distinct, percent = results["6"].values()
     assert list(percent) == ["1", "2", "4"]
-    assert (n, len(correct), len(distinct)) == (4, 3, 3)
+    assert n == 4
+    assert len(correct) == len(distinct) == 3
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
@@ -886,7 +892,8 @@ def test_the_metrics_are_those_of_the_batch(small):
 
     train(small(steps=2), collect=collect)
     first, second = metrics(small().out)
-    assert (first["reward"], first["signal"]) == (7 / 16, 2 / 4)
+    assert first["reward"] == 7 / 16
+    assert first["signal"] == 2 / 4
     assert first["length"] == batches[0].tokens / 16
     assert first["entropy"] == batches[0].entropy
     assert first["grad_norm"] > 0
@@ -920,8 +927,8 @@ def test_two_updates_in_a_row_may_fail_but_three_end_a_run(small):
 
 
 # --- Going on -------------------------------------------------------------------------------------
-MOMENTS = """evaluate 1,policy_gradient 2,apply_gradient 4,report 3,save_checkpoint 2,save 4
-evaluate 2,save_checkpoint 6,save_checkpoint 7,show 1"""
+MOMENTS = "evaluate 1,policy_gradient 2,apply_gradient 4,report 3,save 4,save_checkpoint 5"
+MOMENTS += ",evaluate 2,save_checkpoint 7,show 1"
 
 
 def assert_resumes(small, whole):
@@ -929,7 +936,7 @@ def assert_resumes(small, whole):
     assert_same(small().run_folder, whole)
 
 
-@parametrize("moment", re.split("[,\n]", MOMENTS))
+@parametrize("moment", MOMENTS.split(","))
 def test_a_run_broken_off_anywhere_resumes_to_the_same_numbers(whole, small, spy, moment):
     def kill(*arguments):
         if moment == "save 4":

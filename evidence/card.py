@@ -1,13 +1,12 @@
 """Measure a GPU with one command: its limits, and rs_grpo.py's speed, precision and memory on it.
 
     python -m evidence.card --out FOLDER --model runs/SmolLM2-135M-Instruct --minutes 6
-    python -m evidence.card --out FOLDER --only 6 7      # these steps, added to FOLDER's figures
+    python -m evidence.card --out FOLDER --only 6,7     # these steps, added to FOLDER's figures
     python -m evidence.card --out FOLDER --quick        # everything cut small, also on a CPU
 
---model is a folder, or a .gguf file, which may come in parts, named in order; without it the
-embedded model is measured. Each of the eight steps (STEPS, at the end) runs in a process group of
-its own, for its share of the time that is left, and writes FOLDER/step-N.log. One that fails or
-runs over is noted, and the next one begins. FOLDER/card.md and card.json hold all figures so far.
+--model is a folder, or a .gguf file or its parts in order; without it the embedded model is taken.
+Each step (STEPS, at the end) runs in a process group of its own, for its share of the time that is
+left. FOLDER has a log of each, and card.md and card.json with all figures so far.
 """
 
 import argparse
@@ -50,7 +49,6 @@ class Plan(NamedTuple):
         return quick if self.quick else full
 
 
-# --- Running the steps ----------------------------------------------------------------------------
 def run_all(steps: dict[str, tuple], plan: Plan, minutes: float) -> None:
     """Run the steps one after another; card.json and card.md hold what they have measured.
 
@@ -135,7 +133,6 @@ def shown(value):
     return "–" if value is None else str(value).replace("|", "/")
 
 
-# --- The steps ------------------------------------------------------------------------------------
 def machine(plan):
     query = "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader"
     card = subprocess.getoutput(query) if plan.device == "cuda" else "none"
@@ -202,8 +199,7 @@ def load(plan, **settings):
     return config, task, policy, torch.Generator(policy.model.device).manual_seed(0)
 
 
-def peak():
-    """GiB that CUDA had allocated at the most since the last call."""
+def peak():  # GiB that CUDA had allocated at the most since the last call
     most = torch.cuda.max_memory_allocated()
     if most:
         torch.cuda.reset_peak_memory_stats()
@@ -394,7 +390,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and logs")
     parser.add_argument("--model", nargs="+", help="folder, or .gguf file or its parts")
     parser.add_argument("--minutes", type=float, default=6.0, help="for all steps (default: 6)")
-    parser.add_argument("--only", nargs="+", choices=STEPS, default=STEPS, help="some of the steps")
+    parser.add_argument("--only", default="1,2,3,4,5,6,7,8", help="steps (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="everything cut small")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -405,7 +401,7 @@ def main(arguments=None):
             model |= {"model": folder_of(args.model, args.out), "task": "countdown-text"}
     except (OSError, rs_grpo.BadInput) as error:
         parser.exit(2, f"card: {error}\n")
-    steps = {number: STEPS[number] for number in args.only}
+    steps = {number: step for number, step in STEPS.items() if number in args.only}
     run_all(steps, Plan(args.out, device, model, args.quick), args.minutes)
 
 

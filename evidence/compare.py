@@ -2,7 +2,6 @@
 
     python -m evidence.compare                                   # every method, the embedded model
     python -m evidence.compare --lr 2.5e-5 5e-5 1e-4 2e-4        # four methods at each rate
-    python -m evidence.compare --steps 2000 --only grpo rs2 rs8 --seeds 0 1 2
     python -m evidence.compare --testbed pretrained --gguf FILE  # SmolLM2 on countdown-text
     python -m evidence.compare --quick                           # 2 steps of every method
 
@@ -71,7 +70,6 @@ def begin(series, testbed, method, seed, changes):
 
 
 def name_of(line):
-    """Lines with the same name are the same run."""
     plan = "{series}-{testbed}-{method}-{settings[steps]}steps-{settings[lr]:g}-seed{seed}"
     return plan.format(**line)
 
@@ -93,9 +91,9 @@ def make(line, folder):
 def goes_on(config):
     """Whether the folder has a checkpoint of these settings; if not, it is removed."""
     folder = config.run_folder
-    if (folder / "checkpoint.pt").exists():
-        if json.loads((folder / "config.json").read_text()) == asdict(config):
-            return True
+    stored = folder / "config.json"
+    if (folder / "checkpoint.pt").exists() and json.loads(stored.read_text()) == asdict(config):
+        return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
@@ -198,7 +196,6 @@ def convert(gguf, folder):
 
     aside = folder.with_name(f"{folder.name}.tmp")  # what a kill leaves isn't taken for a model
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    # By default weights stay packed, which can neither learn nor be saved.
     dense = {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
     try:
         AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
@@ -247,9 +244,9 @@ def asked(args):
 
 def run(args):
     """Make the runs that are missing. Raises BadInput if some of them fail."""
+    args.runs.mkdir(parents=True, exist_ok=True)
     if args.gguf and not Path(SMOL).exists():
         convert(args.gguf, Path(SMOL))
-    args.runs.mkdir(parents=True, exist_ok=True)
     if args.quick:
         args.store.write_text("")
     stored = {name_of(json.loads(line)) for line in args.store.open()}

@@ -3,9 +3,8 @@
     python -m evidence.one_problem            # two runs and the table, in some 14 minutes
     python -m evidence.one_problem --table    # the table again, from evidence/one-problem.json
 
-GRPO and β = 2 train with the default settings, in runs/one-problem/. Each run stops at the steps
-above, where its policy gives 16 answers to one held-out problem, and goes on. The problem isn't
-picked by hand: it is the first of the file that the base solves in 2 to 5 of 64 samples.
+GRPO and β = 2 train with the default settings, in runs/one-problem/. At these steps there are
+16 answers to the first held-out problem that the base solves in 2 to 5 of 64 samples.
 """
 
 import json

@@ -46,7 +46,6 @@ TITLES = {
 }
 
 
-# --- Runs and their statistics --------------------------------------------------------------------
 class Runs:
     """The lines of some runs and of the base, by name: S seeds, M problems, n samples of each.
 
@@ -198,7 +197,6 @@ def filled(template, sets):
     return re.sub(r"\{\{(\w+): (\w+) (.+?)\}\}", replacement, template)
 
 
-# --- Figures --------------------------------------------------------------------------------------
 def line(axes, name, x, columns, style="-"):
     """The mean of each column over x, with the range of its seeds as a band."""
     color = COLORS[name]

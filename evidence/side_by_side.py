@@ -127,8 +127,9 @@ def main(arguments=None):
     try:
         columns = columns_of(runs)
         print(f"{table(columns)}\n")
-        print(f"percent of {len(runs[0].base['distinct'])} held-out problems that k samples solve;")
-        print("distinct: different right answers a problem; base: the mean over the seeds")
+        print(
+            f"percent of {len(runs[0].base['distinct'])} held-out problems; base: mean over seeds"
+        )
         draw(columns, runs, args.out)
     except (BadInput, OSError) as error:
         parser.exit(2, f"side_by_side: {error}\n")

@@ -3,9 +3,8 @@
     python -m evidence.speed                          # some two minutes on two CPU cores
     python -m evidence.speed --model FOLDER --task countdown-text --prompts 32 --device cuda
 
-The two alternate, so that a noisy machine slows both, each in a process of its own: where TRL has
-run before, our steps take a sixth longer. TRL generates with transformers, its default, and also
-computes groups without a signal, whose gradient is zero; so ours is timed in that way, too.
+The two alternate, each in a process of its own. TRL generates with transformers, its default, and
+also computes groups without a signal, whose gradient is zero; so ours is timed in that way, too.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +20,8 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 import rs_grpo
-from evidence import compare, report, theory, variants
-from rs_grpo import Config, Rollouts
+from evidence import card, compare, pretrain, report, side_by_side, speed, theory, variants
+from rs_grpo import EMBEDDED, Config, Rollouts
 from test_rs_grpo import ROOT, group, parametrize
 
 LINES = [json.loads(line) for line in compare.STORE.open()]
@@ -417,3 +418,178 @@ def test_without_a_choice_the_theory_shows_both_parts(tmp_path):
 def test_a_bad_option_of_the_theory_ends_with_status_2(bad, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         theory.main(bad.split())
+
+
+# --- Problems, and a training step timed ----------------------------------------------------------
+@parametrize("name, size, _, held_out", pretrain.PROBLEMS)
+def test_the_problems_beside_the_model_are_those_that_pretraining_writes(name, size, _, held_out):
+    some = pretrain.problems(size, 20, held_out)
+    assert (EMBEDDED / name).read_text().splitlines()[:20] == some
+
+
+def test_what_pretraining_learns_from_is_correct_and_never_held_out():
+    for seed in range(300):
+        prompt, text = pretrain.example(random.Random(seed))
+        *numbers, target = map(int, prompt[:-1].replace("=", ",").split(","))
+        assert rs_grpo.countdown_value(text, numbers) == target
+        assert not pretrain.is_held_out(prompt)
+
+
+def test_only_completions_are_learned_in_pretraining():
+    _, tokenizer = pretrain.make_policy()
+    ids, labels = pretrain.batch(random.Random(0), tokenizer)
+    for row, label in zip(ids, labels):
+        prompt, text = tokenizer.decode(row, skip_special_tokens=True).split(":")
+        assert tokenizer.decode(label[label >= 0]) == f"{text}<eos>"
+
+
+def test_each_step_is_timed_but_the_first_and_sampling_is_a_part_of_it():
+    times = speed.time_ours("rs", 2, {"prompts": 2, "samples": 2, "device": "cpu"})
+    assert len(times) == 2 and all(0 < sampling < seconds for seconds, sampling in times)
+
+
+def test_a_group_without_a_signal_is_computed_but_not_learned_from():
+    rewards = torch.tensor([[0.0, 0, 0], [1, 0, 0]])
+    silent, mixed = speed.every_group(rewards, Config())
+    assert (silent != 0).all() and silent.abs().max() < 1e-20
+    assert torch.equal(mixed, rs_grpo.risk_sensitive_advantage(rewards, 2.0)[1])
+
+
+# --- Runs side by side ----------------------------------------------------------------------------
+def write_run(folder, before=(10.0, 20.0), after=(30.0, 40.0), distinct=1, **changes):
+    """A finished run of two steps, evaluated on two problems with two samples."""
+    config = {"advantage": "rs", "beta": 2.0, "seed": 0, "steps": 2, "model": "tiny"}
+    config |= {"task": "sums", "eval_problems": 2, "eval_samples": 2, "temperature": 1.0}
+    config |= {"max_tokens": 0, "out": str(folder), **changes}
+    base = {"pass_at_k": dict(zip("12", before)), "distinct": [0, 1]}
+    trained = {"pass_at_k": dict(zip("12", after)), "distinct": [0, distinct]}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "eval.json").write_text(json.dumps({"0": base, "2": trained}))
+    (folder / "metrics.jsonl").write_text('{"reward": 0.5, "entropy": 1}\n' * config["steps"])
+    return folder
+
+
+def show(capsys, *folders):
+    side_by_side.main([*map(str, folders), "--out", str(folders[0].parent / "picture.png")])
+    return capsys.readouterr()
+
+
+def test_the_table_has_a_column_for_the_base_and_for_each_run(tmp_path, capsys):
+    one = write_run(tmp_path / "one", advantage="grpo")
+    two = write_run(tmp_path / "two", after=(25.0, 66.6667), distinct=4)
+    lines = show(capsys, one, two).out.splitlines()
+    assert lines[:4] == [
+        "              base    grpo    rs-2",
+        "pass@1        10.0    30.0    25.0",
+        "pass@2        20.0    40.0    66.7",
+        "distinct      0.50    0.50    2.00",
+    ]
+
+
+def test_the_base_is_the_mean_over_seeds_and_each_seed_counts_once(tmp_path, capsys):
+    write_run(tmp_path / "a", before=(10.0, 20.0))
+    write_run(tmp_path / "b", before=(10.0, 20.0), advantage="grpo")
+    write_run(tmp_path / "c", before=(16.0, 30.0), seed=3)
+    lines = show(capsys, *sorted(tmp_path.iterdir())).out.splitlines()
+    assert [line.split()[1] for line in lines[1:3]] == ["13.0", "25.0"]
+
+
+NAMES = [
+    ({"seed": 1}, "rs-2 seed 0, rs-2 seed 1"),
+    ({"advantage": "grpo", "lr": 1e-5}, "rs-2, grpo lr 1e-05"),
+    ({"beta": 0.5}, "rs-2, rs-0.5"),
+    ({}, "rs-2, rs-2 other"),
+]
+
+
+@parametrize("changes, names", NAMES)
+def test_runs_are_named_by_what_differs(tmp_path, monkeypatch, changes, names):
+    monkeypatch.chdir(tmp_path)
+    folders = [write_run(Path("one")), write_run(Path("other"), **changes)]
+    columns = side_by_side.columns_of([side_by_side.read_run(folder) for folder in folders])
+    assert ", ".join(columns) == f"base, {names}"
+
+
+@parametrize("name", side_by_side.EVALUATION)
+def test_runs_that_were_evaluated_differently_are_refused(tmp_path, capsys, name):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", **{name: 7})
+    with pytest.raises(SystemExit, match="2"):
+        show(capsys, one, other)
+    said = capsys.readouterr().err
+    assert f"{name} is " in said and f"in {one} and 7 in {other}" in said and said.count("\n") == 1
+
+
+DAMAGES = [
+    ("config.json", None, "isn't the folder of a run (FileNotFoundError"),
+    ("config.json", "[]", "isn't the folder of a run (TypeError"),
+    ("eval.json", '{"0": {', "isn't the folder of a run (JSONDecodeError"),
+    ("eval.json", '{"0": {}}', "isn't finished; go on with --resume --out"),
+]
+
+
+@parametrize("name, content, said", DAMAGES)
+def test_a_folder_without_a_finished_run_is_left_out(tmp_path, capsys, name, content, said):
+    good, bad = write_run(tmp_path / "good"), write_run(tmp_path / "bad")
+    (bad / name).unlink() if content is None else (bad / name).write_text(content)
+    printed = show(capsys, good, bad)
+    assert printed.err.startswith("left out:") and said in printed.err
+    assert printed.err.count("\n") == 1 and "pass@1        10.0    30.0" in printed.out
+    with pytest.raises(SystemExit, match="2"):
+        show(capsys, bad)
+    assert "none of these is a finished run" in capsys.readouterr().err
+
+
+def test_the_picture_is_drawn_and_does_not_disturb_the_same_command_again(tmp_path, capsys):
+    write_run(tmp_path / "a", steps=0, after=(10.0, 20.0))
+    write_run(tmp_path / "b", advantage="grpo")
+    for _ in range(2):
+        assert not show(capsys, *sorted(tmp_path.iterdir())).err
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- The card -------------------------------------------------------------------------------------
+def fails(plan):
+    yield "Before it failed.", "unit", [[1]]
+    raise ValueError("on purpose")
+
+
+def hangs(plan):
+    child = subprocess.Popen(["sleep", "600"])
+    yield "Before it hung.", "its child's process", [[child.pid]]
+    time.sleep(600)
+
+
+def works(plan):
+    yield "A figure.", "speed (tokens/s) | status", [[1234.5, None], [0.012345, "a|b"]]
+    yield "A text.", "as it is"
+
+
+def test_a_step_of_the_card_that_fails_or_hangs_is_noted_and_all_figures_are_kept(tmp_path):
+    plan = card.Plan(tmp_path, device="cpu", model={}, quick=True)
+    card.run_all({"3": ("Works", 1, works)}, plan, minutes=1)
+    steps = {"1": ("Fails", 30, fails), "2": ("Hangs", 4, hangs), "4": ("Works", 30, works)}
+    card.run_all(steps, plan, minutes=3)
+    figures = json.loads((tmp_path / "card.json").read_text())
+    assert figures["1"]["note"].endswith("ValueError: on purpose")
+    assert figures["1"]["tables"] == {"Before it failed.": ["unit", [[1]]]}
+    assert figures["2"]["note"].startswith("stopped after")
+    assert figures["3"]["note"].startswith("finished in")
+    ((child,),) = figures["2"]["tables"]["Before it hung."][1]
+    time.sleep(0.5)
+    stopped = not os.path.exists(f"/proc/{child}") or " Z " in open(f"/proc/{child}/stat").read()
+    assert stopped  # the step's process group was killed, not the step alone
+    page = (tmp_path / "card.md").read_text()
+    assert page.index("## 1. Fails\n") < page.index("## 3. Works\n")
+    assert "| speed (tokens/s) | status |\n| --- | --- |\n| 1,234 | – |\n| 0.0123 | a/b |" in page
+    assert "```\nas it is\n```" in page
+
+
+def test_a_gguf_file_in_parts_is_joined_and_converted(tmp_path, monkeypatch):
+    parts = [str(tmp_path / f"smol.gguf.part{i}") for i in (1, 2)]
+    for part in parts:
+        Path(part).write_text(part[-1])
+    joined = []
+    monkeypatch.setattr(card, "convert", lambda gguf, out: joined.append(gguf.read_text()))
+    assert card.folder_of(parts, tmp_path) == str(tmp_path / "model") and joined == ["12"]
+    assert card.folder_of(["runs/model"], tmp_path) == "runs/model"

@@ -6,8 +6,8 @@
 
 Lemma 2: with β = 0, an update can lower π(a*), the probability of the best arm. Lemma 3: for every
 policy, a large enough β raises it. Lemma 4: beyond some β, the rise shrinks, in the limit as 1/β.
-Figure 2: a larger β spends more of the gradient on hard prompts. P policies or prompts, N members
-of a group, K arms, B values of β; p the accuracy of a prompt, Â the advantage.
+Figure 2: a larger β spends more of the gradient on hard prompts. Legend: P policies or prompts, N
+members of a group, K arms, B values of β.
 """
 
 import argparse
@@ -23,10 +23,7 @@ from extensions.estimators import chen_advantage
 from rs_grpo import risk_sensitive_advantage
 
 
-# --- Lemmas 2 to 4 --------------------------------------------------------------------------------
-class Bandits(NamedTuple):
-    """Policies, each as a group of pulls in exact proportion to its probabilities, and rewards."""
-
+class Bandits(NamedTuple):  # policies, as groups of pulls in exact proportion, and rewards
     arms: Tensor  # (P, N), from 0 to K−1
     rewards: Tensor  # (P, K)
 
@@ -105,7 +102,6 @@ def show_lemmas(betas):
     return figure
 
 
-# --- Figure 2 -------------------------------------------------------------------------------------
 def binary_groups(samples):
     """Return the groups with 1, 2, … N−1 correct samples, the correct ones first: (N−1, N)."""
     return torch.ones(samples - 1, samples, dtype=torch.float64).tril()
@@ -152,7 +148,6 @@ def show_advantages(betas):
     return figure
 
 
-# --- The command line -----------------------------------------------------------------------------
 def main(arguments=None):
     parser = argparse.ArgumentParser("theory.py")
     option = parser.add_argument

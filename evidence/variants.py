@@ -1,7 +1,4 @@
-"""The methods that are compared, and variants that are tried only here.
-
-A new method is an entry of METHODS and a row in the tables of RESULTS.template.md.
-"""
+"""The methods that are compared, among them variants that are tried only here."""
 
 import math
 from collections.abc import Callable
@@ -24,10 +21,7 @@ def rescaled(advantages):
 
 
 def beta_of_constant_kl(rewards, kl=math.log(2)):
-    """For each group the β ≥ 0 with KL(softmax(β r) ‖ uniform) = `kl` nats: (P, N) to (P, 1).
-
-    From arXiv 2601.16175. A group that can't reach it, or that has no signal, gets MOST_BETA.
-    """
+    """For each group the β with KL(softmax(β r) ‖ uniform) = `kl` nats, or MOST_BETA: (P, 1)."""
     r = rewards.double()
     low = torch.zeros(len(r), 1, dtype=torch.float64)
     high = torch.full_like(low, MOST_BETA)
@@ -74,7 +68,6 @@ TASKS["countdown-partial"] = lambda config: TASKS["countdown"](config)._replace(
 )
 
 
-# --- The methods ----------------------------------------------------------------------------------
 class Method(NamedTuple):
     label: str  # in tables and figures
     settings: dict  # that differ from its testbed's
