@@ -1087,8 +1087,8 @@ SENTENCES = {
     "--steps -1": "at least 0",
     "--lr 0.0": "above 0",
     "--seed 4611686018427387904": "below 2**62",
-    "--advantage chen": "rs, grpo",
-    "--task gsm8k": "countdown, countdown-text",
+    "--advantage cubed": "rs, grpo",
+    "--task chess": "countdown, countdown-text",
     "--precision int8": "auto, float32, float16, bfloat16",
 }
 

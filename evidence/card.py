@@ -303,7 +303,8 @@ def draw(policy, prompts, method, length):
 def beside_trl(plan):
     rows = []
     for prompts in plan.pick((8, 32), (2,)):
-        times = race(plan.model | {"prompts": prompts}, steps=plan.pick(8, 1))
+        settings = plan.model | {"prompts": prompts}
+        times = race(settings, plan.pick(8, 1), threads=plan.pick(2, 1))
         rows.append([prompts * 16, *times.values()])
         yield "Seconds of a training step.", f"completions | {' | '.join(times)}", rows
 
@@ -312,8 +313,8 @@ def pretrained(plan):
     if "model" not in plan.model and not plan.quick:
         sys.exit("passed over, as no --model is given")
     steps, prompts, size = plan.pick((80, 16, 256), (1, 2, 4))
-    settings = plan.model | {"steps": steps, "prompts": prompts, "lr": 2e-5}
-    settings |= {"eval_problems": 1, "eval_samples": 2}
+    few = {"prompts": prompts, "eval_problems": 1, "eval_samples": 2}
+    settings = plan.model | few | {"steps": steps, "lr": 2e-5}
     methods = {"grpo": {"advantage": "grpo"}, "rs-2": {}, "rs-8": {"beta": 8.0}}
     methods["rs-2 KL 0.02"] = {"kl": 0.02}
     rows = []

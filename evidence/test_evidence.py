@@ -86,7 +86,7 @@ CREDITS |= dict.fromkeys("4*12 4*12+9-7-7 48 9**7-12-4 4/(12-9-7)- 9/(12-4-7-1)"
 
 @parametrize("text", CREDITS)
 def test_partial_credit_falls_with_the_distance_from_the_target(text):
-    credit = variants.partial_credit(text, ((4, 7, 9, 12), 48))
+    (credit,) = variants.partial_credits([text], [((4, 7, 9, 12), 48)])
     assert credit == pytest.approx(CREDITS[text])
 
 
