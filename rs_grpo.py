@@ -636,12 +636,13 @@ def open_run_folder(config, resume):
     folder.mkdir(parents=True, exist_ok=True)
     if not resume and any(folder.iterdir()):
         raise BadInput(f"{folder} isn't empty; go on with --resume, or choose another --out")
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    (folder / "config.tmp").write_text(json.dumps(asdict(config), indent=1))
+    os.replace(folder / "config.tmp", folder / "config.json")
     return (folder / "metrics.jsonl").open("a")
 
 
 def save_checkpoint(folder, model, optimizer, generator, state):
-    (folder / "eval.json").write_text(json.dumps(state.results, indent=1))
+    (folder / "eval.json").write_text(json.dumps(state.results))
     parts = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -665,8 +666,7 @@ def load_checkpoint(folder, model, optimizer, generator, state):
     except Exception as error:  # a missing or damaged file, or another model's
         raise BadInput(f"{folder} can't be resumed ({error!r:.200}); take another --out") from error
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    kept = lines[: state.step]  # one per step
-    os.truncate(folder / "metrics.jsonl", sum(map(len, kept)))
+    os.truncate(folder / "metrics.jsonl", sum(map(len, lines[: state.step])))
 
 
 def report(metrics_file, bar, rollouts, advantages, norm, state, started):
