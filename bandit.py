@@ -179,7 +179,7 @@ def draw(setup: Setup, curve: Tensor) -> plt.Figure:
 def animate(setup: Setup, policies: Iterator[Tensor], path: Path) -> None:
     """Write a GIF of some 50 policies that `learn` yields: two values of β, the first seed."""
     rewards, _ = landscape()
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.75), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.75), sharey=True, layout="none")
     figure.subplots_adjust(left=0.11, right=0.99, bottom=0.14, top=0.86, wspace=0.04)
     writer = PillowWriter(fps=8)
     every = math.ceil(setup.steps / 50)
