@@ -6,8 +6,7 @@
 
 Lemma 2: with β = 0, an update can lower π(a*), the probability of the best arm. Lemma 3: for every
 policy, a large enough β raises it. Lemma 4: beyond some β, the rise shrinks, in the limit as 1/β.
-Figure 2: a larger β spends more of the gradient on hard prompts. Legend: P policies or prompts, N
-members of a group, K arms, B values of β.
+Figure 2: a larger β spends more of the gradient on hard prompts. P policies, N members, K arms.
 """
 
 import argparse
