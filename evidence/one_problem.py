@@ -1,6 +1,6 @@
 """One problem through one run: what the policy answers at steps 0, 100, 400 and 800.
 
-    python -m evidence.one_problem            # two runs and the table, in some 14 minutes
+    python -m evidence.one_problem            # two runs and the table
     python -m evidence.one_problem --table    # the table again, from evidence/one-problem.json
 
 GRPO and β = 2 train with the default settings, in runs/one-problem/. At these steps there are
