@@ -12,9 +12,8 @@ prompt x, completions y ~ π(·|x) and their rewards r(y), it is
     ∇J_β = (1/β) ∇E[exp(βr)] / E[exp(βr)] = E[ (1/β) exp(βr)/E[exp(βr)] · ∇log π ]
          = E[ A ∇log π ]   with the advantage   A = (1/β) (exp(βr)/E[exp(βr)] − 1)
 
-The first line is the chain rule and then ∇E[f(y)] = E[f(y) ∇log π(y|x)], the identity behind every
-policy gradient. The second line subtracts the constant 1/β. This is a baseline: it changes no
-expectation, since E[∇log π] = 0.
+The first line is the chain rule and ∇E[f(y)] = E[f(y) ∇log π(y|x)], as in every policy gradient.
+The second line subtracts 1/β, a baseline: it changes no expectation, since E[∇log π] = 0.
 
 We estimate A from a prompt's N samples, its group, with the mean of their exp(βr) in place of the
 expectation; the bias vanishes as N grows. Only A differs from GRPO, where it is (r − mean(r)) /
@@ -30,7 +29,6 @@ reference model. pass@k, the chance that at least one of k samples is right, on 
 
     python rs_grpo.py                     # train the embedded model on Countdown, and test it
     python rs_grpo.py --advantage grpo    # the same with GRPO
-    python rs_grpo.py --model HuggingFaceTB/SmolLM2-360M-Instruct --task countdown-text --lr 1e-5
 
 Legend: P prompts per step, N samples of each, B = P·N completions; R rows of a batch; L tokens of a
 prompt, T of a completion, S new tokens; D the model's width, V its vocabulary.
@@ -48,6 +46,7 @@ import sys
 import time
 from ast import Add, Div, Mult, Sub
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import partial
@@ -76,9 +75,8 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
 
         Â_i = (1/β) ( exp(βr_i) / mean_j exp(βr_j) − 1 )        r_i − mean_j r_j for β → 0
 
-    Advantages of correct / wrong samples when c of 16 are correct; ratio: a correct sample's
-    advantage at c = 1 over that at c = 8. The larger β is, the more the gradient turns to prompts
-    that only a rare answer solves, where pass@k has most to gain:
+    Advantages of correct / wrong samples when c of 16 are correct; ratio: that of a correct one at
+    c = 1 over c = 8. The larger β is, the more weight prompts get that only a rare answer solves:
                    c = 1          c = 4          c = 8         c = 15       ratio
         β = 0   .938/−.063     .750/−.250     .500/−.500     .063/−.938      1.9
         β = 2   2.140/−.143    .922/−.307     .381/−.381     .029/−.428      5.6
@@ -104,7 +102,8 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
     weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # no overflow, even for β < 0
     risk_sensitive = (weight / weight.mean(1, keepdim=True) - 1) / beta
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
-    return torch.where(neutral, mean_baseline, risk_sensitive).to(rewards.device, dtype)
+    advantages = torch.where(neutral, mean_baseline, risk_sensitive)
+    return advantages.to(rewards.device, dtype)
 
 
 def grpo_advantage(rewards: Tensor) -> Tensor:
@@ -151,10 +150,9 @@ def countdown(config, suffix="", examples="", max_tokens=20, stop=""):
     )
 
 
-IN_WORDS = {"suffix": "-3", "examples": EXAMPLES, "max_tokens": 14, "stop": "\n"}  # 3 numbers
 TASKS = {  # add your own: Config -> Task
     "countdown": countdown,
-    "countdown-text": lambda config: countdown(config, **IN_WORDS),
+    "countdown-text": partial(countdown, suffix="-3", examples=EXAMPLES, max_tokens=14, stop="\n"),
 }
 
 
@@ -223,7 +221,7 @@ def sample(policy, prompts, samples, max_tokens, temperature, generator):
     surprise = 0.0  # the sum of −log π over all drawn tokens
     for length in range(1, max_tokens + 1):
         probs = scaled_logits(policy, hidden, temperature).softmax(-1)  # (R, V)
-        if not probs[:, 0].isfinite().all():  # one infinite logit makes its whole row nan
+        if probs[:, 0].isnan().any():  # one infinite logit makes its whole row nan
             raise BadInput("infinite logits; start again with a lower --lr or --precision bfloat16")
         most = max(count for _, _, count in rows)
         draws = probs.multinomial(most, True, generator=generator)  # a row uses its first `count`
@@ -402,7 +400,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     An unbiased estimate of pass@k (arXiv 2107.03374). Raises ValueError for other counts."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+    all_wrong = math.comb(n - c, k) / math.comb(n, k)
+    return 1 - all_wrong
 
 
 def evaluate(policy, task, config):
@@ -420,7 +419,8 @@ def evaluate(policy, task, config):
             correct.append(len(right))
             distinct.append(len(set(right)))
     percent = {}
-    for k in [2**i for i in range(n.bit_length())]:
+    for power in range(n.bit_length()):
+        k = 2**power
         solved = sum(pass_at_k(n, c, k) for c in correct)
         percent[k] = 100 * solved / len(correct)
     return {"n": n, "correct": correct, "distinct": distinct, "pass_at_k": percent}
@@ -441,9 +441,7 @@ class Config:  # each setting is a flag of the command line
     beta: float = flag(2.0, "risk sensitivity of rs; 0 is the mean baseline", above=-math.inf)
     samples: int = flag(16, "completions of a prompt, its group", least=2)
     model: str = flag(EMBEDDED.name, "the embedded one, or a causal language model's folder or id")
-    task: str = flag(
-        "countdown", "countdown, or countdown-text for pretrained models; see extensions/"
-    )
+    task: str = flag("countdown", "or countdown-text, for pretrained models; see extensions/")
     steps: int = flag(800, "training steps; 0 only evaluates", least=0)
     lr: float = flag(5e-5, "AdamW's learning rate; 1e-6 to 2e-5 for pretrained models", above=0)
     prompts: int = flag(32, "prompts per step", least=1)
@@ -454,9 +452,7 @@ class Config:  # each setting is a flag of the command line
     eval_samples: int = flag(256, "completions of each; k goes up to it in powers of 2", least=1)
     out: str = flag("", "run folder; by default runs/MODEL-ADVANTAGE-seedN")
     save_every: int = flag(50, "steps between checkpoints; a kill loses at most this many", least=1)
-    micro_tokens: int = flag(
-        4096, "tokens per micro-batch; changes memory use and rounding, not results", least=1
-    )
+    micro_tokens: int = flag(4096, "tokens per micro-batch; changes memory, not results", least=1)
     device: str = flag("auto", "auto (CUDA, else MPS, else CPU), or one such as cpu or cuda:1")
     precision: str = flag("auto", "float32, float16, bfloat16; auto: float16 on CUDA, else float32")
 
@@ -468,8 +464,8 @@ class Config:  # each setting is a flag of the command line
 
 def collect(policy, task, config, state, generator):
     """Steps 1 to 4: Rollouts and their advantages (P, N). state.step: steps done so far."""
-    # 1. Take P problems in an order set by the seed, each at most once per epoch.
-    steps_per_epoch = max(1, len(task.train) // config.prompts)  # skips the leftovers
+    # 1. Take P problems in an order set by the seed; an epoch leaves out the last few.
+    steps_per_epoch = max(1, len(task.train) // config.prompts)
     epoch, turn = divmod(state.step, steps_per_epoch)
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(task.train))
@@ -577,13 +573,13 @@ def load_policy(config, task):
     if task.stop:
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         stop_ids |= {i for i, text in enumerate(vocabulary) if task.stop in text}
-    arguments = inspect.signature(model.base_model.forward).parameters  # transformers renamed one
+    arguments = inspect.signature(model.base_model.forward).parameters
     policy = Policy(
         model=model,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
-        cache_name="cache" if "cache" in arguments else "past_key_values",
-        autocast=None,  # set below; the checks are done in float32
+        cache_name="cache" if "cache" in arguments else "past_key_values",  # by version
+        autocast=nullcontext,  # float32, also in the checks below
     )
     question = task.train[0][0]
     prompt = tuple(task.encode(tokenizer, [question])[0])
@@ -597,14 +593,23 @@ def load_policy(config, task):
     logits = model(ids).logits[:, -1]
     if not torch.allclose(logits, scaled_logits(policy, hidden, 1), 0.01, 0.01):
         raise BadInput(f"{refusal}, which doesn't scale or cap its logits after the output layer")
-    kind = model.device.type
     precision = config.precision
-    if precision == "auto":
-        precision = "float16" if kind == "cuda" else "float32"
+    if precision == "auto" and model.device.type != "cuda":
+        precision = "float32"
+    elif precision == "auto":
+        precision = half_precision(model, ids)
     dtype = getattr(torch, precision)
     print(f"{model.device}, {dtype}, {config.model} of {model.num_parameters():,} parameters")
-    mixed = dtype != torch.float32
-    return policy._replace(autocast=lambda: torch.autocast(kind, dtype, enabled=mixed))
+    if dtype == torch.float32:
+        return policy
+    return policy._replace(autocast=partial(torch.autocast, model.device.type, dtype))
+
+
+def half_precision(model, ids):
+    """float16, which rounds less than bfloat16 but overflows in some models, or bfloat16."""
+    with torch.autocast(model.device.type, torch.float16):
+        finite = model(ids).logits.isfinite().all()
+    return "float16" if finite else "bfloat16"
 
 
 def load_model(config):
@@ -670,7 +675,7 @@ def load_checkpoint(folder, model, optimizer, generator, state):
 
 
 def report(metrics_file, bar, rollouts, advantages, norm, state, started):
-    """Write a line of metrics.jsonl and show it as the progress bar; now and then show samples."""
+    """Write a line of metrics.jsonl and show it as the progress bar; now and then show a sample."""
     metrics = {
         "step": state.step,
         "reward": rollouts.rewards.mean().item(),
@@ -684,16 +689,13 @@ def report(metrics_file, bar, rollouts, advantages, norm, state, started):
     shown = "reward {reward:.2f} signal {signal:.2f} entropy {entropy:.2f} grad {grad_norm:.2f}"
     bar.set_postfix_str(shown.format(**metrics))
     bar.update()
-    if state.step % max(1, bar.total // 5) == 0:
-        rewards = rollouts.rewards.flatten().tolist()
-        for reward in (max(rewards), min(rewards)):
-            i = rewards.index(reward)
-            question = rollouts.questions[i // rollouts.rewards.shape[1]]
-            bar.write(f"  reward {reward:.2f}  {question} {rollouts.texts[i][:500]!r}")
+    if state.step % max(1, bar.total // 20) == 0:
+        reward = rollouts.rewards[0, 0]
+        bar.write(f"  reward {reward:.2f}  {rollouts.questions[0]} {rollouts.texts[0][:500]!r}")
 
 
 def show(results, path):
-    """Print and draw pass@k before and after; print the number of distinct correct answers."""
+    """Print and draw pass@k before and after training."""
     from matplotlib.figure import Figure  # no pyplot: no display is needed
 
     base = results[min(results)]
@@ -702,8 +704,6 @@ def show(results, path):
     print(f"{'base':>20}{'trained':>10}")
     for k, percent in base["pass_at_k"].items():
         print(f"{f'pass@{k}':>10}{percent:>10.1f}{trained['pass_at_k'][k]:>10.1f}")
-    distinct = f"{np.mean(base['distinct']):>10.2f}{np.mean(trained['distinct']):>10.2f}"
-    print(f"  distinct{distinct}   correct answers per problem")
     axes = Figure().subplots()
     for name, result in (("base", base), ("trained", trained)):
         percent = result["pass_at_k"]
@@ -768,7 +768,7 @@ def main(arguments=None, config_class=Config, collect=collect, update=update):
     except (BadInput, OSError, json.JSONDecodeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (RuntimeError, MemoryError) as error:
-        said = re.search("out of memory|alloc", str(error).lower())  # by a CPU, MPS or cuBLAS
+        said = re.search("(?i)out of memory|alloc", str(error))  # by a CPU, MPS or cuBLAS
         if not said and not isinstance(error, OUT_OF_MEMORY):
             raise
         parser.exit(1, f"{parser.prog}: {MEMORY}\n")

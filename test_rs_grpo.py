@@ -1,6 +1,5 @@
 """The specification of rs_grpo.py and bandit.py, as sentences: `python -m pytest -v` prints it.
-`DEVICE=cuda python -m pytest -q test_rs_grpo.py` runs the models on a GPU.
-"""
+`DEVICE=cuda python -m pytest -q test_rs_grpo.py` runs the models on a GPU."""
 
 import itertools
 import json
@@ -601,6 +600,13 @@ def test_sampler_and_learner_agree(precision):
     assert {weight.dtype for weight in policy.model.parameters()} == {torch.float32}
 
 
+@parametrize("scale, precision", [(1, "float16"), (1e6, "bfloat16")])
+def test_half_precision_is_float16_unless_its_logits_overflow(tiny, scale, precision):
+    model = load(tiny)[0].model
+    model.get_output_embeddings().weight.data *= scale
+    assert rs_grpo.half_precision(model, torch.tensor([[1, 2]], device=DEVICE)) == precision
+
+
 @each_precision
 def test_the_gradient_is_that_of_float32_and_does_not_underflow(precision, monkeypatch):
     monkeypatch.setattr(Rollouts, "tokens", 10**8)  # as if the batch were as large
@@ -732,10 +738,8 @@ def test_an_evaluation_counts_right_and_different_answers_of_each_problem(policy
     task = TASKS["countdown"](Config(eval_problems=3))._replace(judge=judge)
     result = rs_grpo.evaluate(policy, task, Config(prompts=5, samples=2, eval_samples=4))
     assert sizes == [2, 1]  # no more than the 10 completions of a step
-    assert result["n"] == 4
-    assert result["correct"] == [3, 1, 0]
-    assert result["distinct"] == [2, 1, 0]
-    assert result["pass_at_k"] == pytest.approx({1: 100 / 3, 2: 50, 4: 200 / 3})
+    assert result.pop("pass_at_k") == pytest.approx({1: 100 / 3, 2: 50, 4: 200 / 3})
+    assert result == {"n": 4, "correct": [3, 1, 0], "distinct": [2, 1, 0]}
 
 
 def test_the_embedded_model_is_far_from_hopeless_at_one_try_and_from_certain_at_many():
@@ -808,8 +812,7 @@ def test_a_run_leaves_a_folder_that_holds_its_settings_results_metrics_and_pictu
     assert list(results["6"]) == ["n", "correct", "distinct", "pass_at_k"]
     n, correct, distinct, percent = results["6"].values()
     assert list(percent) == ["1", "2", "4"]
-    assert n == 4
-    assert len(correct) == len(distinct) == 3
+    assert (n, len(correct), len(distinct)) == (4, 3, 3)
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
@@ -841,9 +844,8 @@ def test_the_folder_of_a_run_is_named_after_its_model_advantage_and_seed():
 def test_a_run_prints_what_it_runs_on_and_pass_at_k_before_and_after(whole, tiny, spy, capsys):
     spy("evaluate", AssertionError("it was done"))
     main(["--resume", "--out", str(whole)])  # nothing is left to do
-    first, _, _, *table, _, last = capsys.readouterr().out.splitlines()
-    device = load(tiny)[0].model.device
-    assert re.search(f"{device}.*float32.*{tiny}.* 20,000", first)
+    first, _, _, *table, last = capsys.readouterr().out.splitlines()
+    assert re.search(f"{DEVICE}.*float32.*{tiny}.* 20,000", first)
     percents = [result["pass_at_k"]["4"] for result in written(whole, "eval.json").values()]
     assert table[2].split() == ["pass@4", *[f"{percent:.1f}" for percent in percents]]
     assert str(whole) in last
@@ -1024,6 +1026,7 @@ def test_ctrl_c_ends_with_status_130_and_says_how_to_go_on(whole, small, spy, mo
 
 ON_CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 ON_A_CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+IN_A_STEP = [("roll_out 4", MemoryError(), 2), ("token_logprobs 3", ON_A_CPU, 2)]
 
 
 def out_of_memory(capsys, *arguments):
@@ -1034,9 +1037,6 @@ def out_of_memory(capsys, *arguments):
     (message,) = re.findall("rs_grpo.py: (out of memory.*\n)$", capsys.readouterr().err)
     for name in "--resume --micro-tokens --prompts --samples --max-tokens --eval-samples".split():
         assert name in message
-
-
-IN_A_STEP = [("roll_out 4", MemoryError(), 2), ("token_logprobs 3", ON_A_CPU, 2)]
 
 
 @parametrize("moment, error, step", [*IN_A_STEP, ("evaluate 2", ON_CUDA, 6)])

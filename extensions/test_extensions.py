@@ -42,6 +42,15 @@ def first_groups(rewards, config):
 ADVANTAGES["first"] = first_groups
 
 
+@pytest.fixture(autouse=True)
+def tasks_of_a_new_process():
+    """Whatever a test adds to TASKS is gone after it."""
+    before = dict(TASKS)
+    yield
+    TASKS.clear()
+    TASKS.update(before)
+
+
 def complaint(capsys, *flags):
     """Run mathematics.py, expect exit status 2 and one sentence; returns it."""
     capsys.readouterr()
