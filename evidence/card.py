@@ -342,26 +342,41 @@ def solved_by(plan, size, **settings):
 def out_of_memory(plan):
     settings = plan.model | {"steps": 1, "eval_problems": 1, "eval_samples": 2}
     rows = []
-    for size in (2**power for power in range(plan.pick(12, 13), 18)):
-        statuses = []
-        with TemporaryDirectory() as folder:
-            given = settings | {"out": folder, "micro_tokens": size}
-            flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-            for more in ([], ["--resume", f"--micro-tokens={size // 16}"]):
-                process = apart(rs_grpo.main, flags + more, collect=with_little_memory)
-                process.join()
-                statuses.append(process.exitcode)
-        rows.append([size, *statuses])
-        yield "Exit statuses.", "micro-tokens | status | of --resume with a sixteenth", rows
-        if statuses[0]:
-            break
+    for name, first in (("micro_tokens", plan.pick(12, 13)), ("samples", 4)):
+        little = partial(with_little_memory, name == "samples")
+        for size in (2**power for power in range(first, first + 6)):
+            with TemporaryDirectory() as folder:
+                given = settings | {"out": folder, name: size}
+                flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+                first_status = status_of(flags, little)
+                flags += ["--resume", "--micro-tokens=256"]
+                then = status_of(flags, little if name == "micro_tokens" else rs_grpo.collect)
+            rows.append([name, size, first_status, then])
+            yield "Exit statuses.", "flag | value | status | of --resume", rows
+            if first_status:
+                break
     said = re.findall("rs_grpo.py: .*", (plan.out / "step-8.log").read_text())
     yield "What rs_grpo.py said.", "\n".join(said)
 
 
-def with_little_memory(policy, *others):
-    """Steps 1 to 4; then most memory is taken away, and every group gets a gradient."""
+def status_of(flags, collect):
+    process = apart(rs_grpo.main, flags, collect=collect)
+    process.join()
+    return process.exitcode
+
+
+def with_little_memory(sampling, policy, *others):
+    """Steps 1 to 4, with little memory for `sampling` or, if not, for the learning after it."""
+    if sampling:
+        take_memory(policy)
     rollouts, _ = rs_grpo.collect(policy, *others)
+    if not sampling:
+        take_memory(policy)
+    return rollouts, torch.ones_like(rollouts.rewards)  # every group has a gradient
+
+
+def take_memory(policy):
+    """Leave as much as a small step needs."""
     spare = GIB // 8 + 24 * policy.model.num_parameters()
     if policy.model.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -371,7 +386,6 @@ def with_little_memory(policy, *others):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + spare
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    return rollouts, torch.ones_like(rollouts.rewards)
 
 
 STEPS = {

@@ -1,7 +1,9 @@
 """Make the runs that back the claims; each becomes a line of evidence/runs.jsonl.
 
     python -m evidence.compare                                   # every method, the embedded model
-    python -m evidence.compare --lr 2.5e-5 5e-5 1e-4 2e-4        # four methods at each rate
+    python -m evidence.compare --lr 2.5e-5 5e-5 1e-4 2e-4        # five methods at each rate
+    python -m evidence.compare --only rs2 --kl 0.01 0.02 0.05    # with a KL penalty
+    python -m evidence.compare --only rs2 --temperature 0.6 2    # kept models, evaluated again
     python -m evidence.compare --testbed pretrained --gguf FILE  # SmolLM2 on countdown-text
     python -m evidence.compare --quick                           # 2 steps of every method
 
@@ -32,7 +34,7 @@ from tqdm import tqdm
 
 import rs_grpo
 from evidence.variants import METHODS
-from extensions.estimators import Config
+from extensions import kl
 from rs_grpo import BadInput
 
 STORE = Path(__file__).resolve().parent / "runs.jsonl"
@@ -49,10 +51,10 @@ class Testbed(NamedTuple):  # what the runs on one model and task have in common
     seeds: int  # of the main methods; side questions have three at most
 
 
-SMALL = dict(eval_samples=512, precision="float32")
-LARGE = dict(model=SMOL, task="countdown-text", steps=80, lr=2e-5, prompts=16, save_every=5)
+SMALL = dict(eval_samples=512, precision="float32", kl=0.0)
+LARGE = dict(kl=0.0, model=SMOL, task="countdown-text", steps=80, lr=2e-5, prompts=16, save_every=5)
 LARGE |= dict(eval_samples=64, micro_tokens=8192, precision="bfloat16")
-QUICK = dict(steps=2, prompts=4, samples=8, eval_problems=16, eval_samples=64)
+QUICK = dict(kl=0.0, steps=2, prompts=4, samples=8, eval_problems=16, eval_samples=64)
 TESTBEDS = {
     "countdown": Testbed(SMALL, every=100, samples=64, window=20, methods=list(METHODS), seeds=5),
     "pretrained": Testbed(LARGE, every=40, samples=32, window=5, methods=FEW, seeds=3),
@@ -62,24 +64,32 @@ TESTBEDS = {
 
 def begin(series, testbed, method, seed, changes):
     """A run's line before the run is made: what identifies it, and its settings."""
-    settings = TESTBEDS[testbed].settings | changes | METHODS[method].settings
-    settings = asdict(Config(**settings))
+    settings = TESTBEDS[testbed].settings | METHODS[method].settings | changes
+    if testbed == "countdown" and settings["kl"]:
+        settings["eval_problems"] = 512  # λ is chosen on the second half
+    settings = asdict(kl.Config(**settings))
     del settings["seed"], settings["out"]
     line = {"series": series, "testbed": testbed, "method": method, "seed": seed}
     return line | {"settings": settings}
 
 
 def name_of(line):
-    plan = "{series}-{testbed}-{method}-{settings[steps]}steps-{settings[lr]:g}-seed{seed}"
-    return plan.format(**line)
+    settings = line["settings"]
+    name = "{series}-{testbed}-{method}".format(**line)
+    name += f"-{settings['steps']}steps-{settings['lr']:g}"
+    if settings.get("kl"):
+        name += f"-kl{settings['kl']:g}"
+    if settings["temperature"] != 1:
+        name += f"-temperature{settings['temperature']:g}"
+    return f"{name}-seed{line['seed']}"
 
 
 def make(line, folder):
     """Train and evaluate; return `line` with the results. Goes on with what `folder` holds."""
     started = time.perf_counter()
     testbed = TESTBEDS[line["testbed"]]
-    config = Config(**line["settings"], seed=line["seed"], out=str(folder))
-    collect = watched(METHODS[line["method"]].collect, testbed)
+    config = kl.Config(**line["settings"], seed=line["seed"], out=str(folder))
+    collect = watched(kl.with_penalty(METHODS[line["method"]].collect), testbed)
     results = rs_grpo.train(config, goes_on(config), collect)
     line = line | results[config.steps]
     del line["pass_at_k"]  # follows from the counts
@@ -213,6 +223,8 @@ def parse(arguments):
     flag("--only", nargs="+", choices=METHODS, metavar="METHOD", help=" ".join(METHODS))
     flag("--seeds", nargs="+", type=int, help="(default: 0 to 4, or 0 to 2 for a side question)")
     flag("--lr", nargs="+", type=float, default=[], help="learning rates")
+    flag("--kl", nargs="+", type=float, default=[], help="weights of a KL penalty")
+    flag("--temperature", nargs="+", type=float, default=[], help="evaluate kept models at these")
     flag("--steps", type=int, help="(default: 800, pretrained 80)")
     flag("--series", default="main", help="another name makes the same runs anew (default: main)")
     flag("--gguf", type=Path, help="file to make the pretrained model's folder from")
@@ -232,14 +244,26 @@ def asked(args):
     testbed = TESTBEDS[args.testbed]
     steps = {"steps": args.steps} if args.steps else {}
     changes = [steps | {"lr": lr} for lr in args.lr] or [steps]
+    changes = [change | {"kl": weight} for weight in args.kl or [0.0] for change in changes]
+    side = args.lr or args.kl or args.temperature
     lines = []
-    for name in args.only or ([*FEW, "maxrl"] if args.lr else testbed.methods):
-        aside = args.lr or METHODS[name].part != "main"
+    for name in args.only or ([*FEW, "maxrl"] if side else testbed.methods):
+        aside = side or METHODS[name].part != "main"
         seeds = range(min(testbed.seeds, 3) if aside else testbed.seeds)
         for change in [{}] if name == "base" else changes:
             for seed in args.seeds or seeds:
                 lines.append(begin(args.series, args.testbed, name, seed, change))
+    if args.temperature:
+        lines = [again(line, args.runs, t) for line in lines for t in args.temperature]
     return sorted(lines, key=lambda line: line["seed"])
+
+
+def again(line, runs, temperature):
+    """The evaluation of a run's kept model at a temperature: its line before it is made."""
+    settings = line["settings"] | {"temperature": temperature, "steps": 0}
+    if line["method"] != "base":
+        settings["model"] = str(runs / name_of(line) / "model")
+    return line | {"settings": settings}
 
 
 def run(args):

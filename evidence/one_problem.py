@@ -40,7 +40,8 @@ def make():
         folder = f"runs/one-problem/{advantage}"
         found[label] = {0: sample_answers(base, task, problem, 16)}
         for steps in STEPS:
-            train(Config(advantage=advantage, steps=steps, out=folder), resume=steps > STEPS[0])
+            config = Config(advantage=advantage, steps=steps, out=folder, eval_problems=1)
+            train(config, resume=steps > STEPS[0])
             policy = load_policy(Config(model=f"{folder}/model"), task)
             found[label][steps] = sample_answers(policy, task, problem, 16)
     STORE.write_text(json.dumps(found, indent=1) + "\n")

@@ -303,39 +303,21 @@ def draw_rates(runs, methods, rates, large):
 
 
 def draw_diversity(runs):
-    """How many different correct answers, and which problems gain: the paper's Figure 7."""
-    figure, (bars, *maps) = new_figure(9, 2)
+    """How many different correct answers, and how many problems are solved how often."""
+    figure, (bars, accuracies) = new_figure(4.2, 1)
     for name in MAIN[::-1]:
         values = runs.field(name, "distinct").mean(1)  # (S,)
-        style = {"color": COLORS[name], "capsize": 2, "alpha": 0.85}
-        bars.barh(LABELS[name], values.mean(), xerr=standard_error(values), **style)
+        bars.barh(LABELS[name], values.mean(), xerr=standard_error(values), color=COLORS[name])
     bars.set(title="distinct correct answers", xlabel=f"a problem, in {runs.n} samples")
-    finish(bars)
-    grpo = runs.pass_at_k("grpo", 1)  # the accuracy
-    another = np.roll(grpo, -1, axis=0)  # mere luck
-    draw_map(maps[0], grpo, another, "GRPO, another seed")
-    for axes, name in zip(maps[1:], ("rs2", "rs8")):
-        draw_map(axes, grpo, runs.pass_at_k(name, 1), LABELS[name])
+    for name in ("base", "grpo", "rs2", "rs8"):
+        accuracy = np.sort(runs.pass_at_k(name, 1), axis=None)[::-1]  # all seeds
+        share = np.linspace(0, 100, len(accuracy))
+        accuracies.plot(accuracy, share, color=COLORS[name], label=LABELS[name])
+    accuracies.set(title="problems solved at least so often (%)", xlabel="accuracy (%)")
+    accuracies.legend(frameon=False)
+    for axes in (bars, accuracies):
+        finish(axes)
     return figure
-
-
-def draw_map(axes, grpo, other, title):
-    """Problems by their accuracy under GRPO and under another policy, both (S, M), in percent."""
-    square = np.zeros((6, 6))
-    x = np.ceil(grpo / 20).astype(int)
-    y = np.ceil(other / 20).astype(int)
-    np.add.at(square, (y, x), 100 / grpo.size)
-    axes.imshow(square, origin="lower", cmap="Reds", vmax=25)
-    for (i, j), value in np.ndenumerate(square):
-        if value:
-            color = "white" if value > 15 else "black"
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=9, color=color)
-    axes.axline((0, 0), slope=1, color="0.4", lw=0.8, ls=":")
-    bins = ["0", "0–.2", ".2–.4", ".4–.6", ".6–.8", ".8–1"]  # {0}, (0, .2], …
-    axes.set_xticks(range(6), bins)
-    axes.set_yticks(range(6), bins)
-    axes.set(title=f"share of problems (%): {title}")
-    axes.set(xlabel="accuracy under GRPO", ylabel=f"accuracy under {title}")
 
 
 def figures_of(main, small):

@@ -127,9 +127,8 @@ def main(arguments=None):
     try:
         columns = columns_of(runs)
         print(f"{table(columns)}\n")
-        print(
-            f"percent of {len(runs[0].base['distinct'])} held-out problems; base: mean over seeds"
-        )
+        count = len(runs[0].base["distinct"])
+        print(f"percent of {count} held-out problems; base: mean over seeds")
         draw(columns, runs, args.out)
     except (BadInput, OSError) as error:
         parser.exit(2, f"side_by_side: {error}\n")

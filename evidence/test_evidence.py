@@ -1,7 +1,6 @@
 """The specification of evidence/, as sentences: `python -m pytest evidence -v` prints it."""
 
 import json
-import math
 import os
 import random
 import re
@@ -17,10 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical, kl_divergence
 
 import rs_grpo
 from evidence import card, compare, pretrain, report, side_by_side, speed, theory, variants
+from extensions import kl
 from rs_grpo import EMBEDDED, Config, Rollouts
 from test_rs_grpo import ROOT, group, parametrize
 
@@ -33,7 +32,7 @@ PAGE = (ROOT / "evidence/RESULTS.md").read_text()
 @parametrize("name", variants.METHODS)
 def test_every_method_has_settings_that_rs_grpo_accepts(name):
     line = compare.begin("main", "countdown", name, 0, {})
-    rs_grpo.check_config(compare.Config(**line["settings"]))
+    rs_grpo.check_config(kl.Config(**line["settings"]))
 
 
 BATCH = rs_grpo.grpo_advantage(torch.cat([group(1), group(8), group(16)]))
@@ -52,20 +51,6 @@ def test_rescaled_advantages_keep_their_proportions():
 
 def test_a_batch_without_a_signal_stays_without_one_when_rescaled():
     assert not variants.rescaled(torch.zeros(2, 4)).any()
-
-
-@parametrize("correct", [1, 4])
-def test_the_beta_of_constant_kl_weighs_a_group_by_ln_2(correct):
-    beta = variants.beta_of_constant_kl(group(correct))
-    weighed = Categorical(logits=beta * group(correct))
-    uniform = Categorical(logits=0 * group(correct))
-    assert kl_divergence(weighed, uniform).item() == pytest.approx(math.log(2))
-
-
-@parametrize("correct", [8, 15, 0, 16])
-def test_the_beta_of_constant_kl_is_capped_where_no_beta_reaches_ln_2(correct):
-    beta = variants.beta_of_constant_kl(group(correct))
-    assert beta.item() == pytest.approx(variants.MOST_BETA)
 
 
 def test_the_beta_of_accuracy_falls_from_8_to_0():
@@ -204,7 +189,7 @@ def made(tmp_path_factory):
 
 def test_a_run_of_the_comparison_is_that_of_rs_grpo_with_the_same_flags(made, tmp_path):
     line, _ = made
-    own = compare.Config(**line["settings"], seed=3, out=str(tmp_path / "own"))
+    own = kl.Config(**line["settings"], seed=3, out=str(tmp_path / "own"))
     assert rs_grpo.train(own)[2]["correct"] == line["correct"]
 
 
@@ -274,6 +259,25 @@ def test_the_base_is_asked_for_once_a_seed_whatever_the_rates():
     args = compare.parse(["--lr", "1e-4", "2e-4", "--seeds", "7"])
     names = Counter(line["method"] for line in compare.asked(args))
     assert names == {"base": 1, "grpo": 2, "rs2": 2, "rs8": 2, "maxrl": 2}
+
+
+def test_a_penalty_is_part_of_a_run_and_evaluated_on_more_problems():
+    args = compare.parse("--only rs2 rs8 --kl 0.01 0.05 --seeds 1".split())
+    lines = compare.asked(args)
+    found = [(line["method"], line["settings"]["kl"]) for line in lines]
+    assert found == [("rs2", 0.01), ("rs2", 0.05), ("rs8", 0.01), ("rs8", 0.05)]
+    assert {line["settings"]["eval_problems"] for line in lines} == {512}
+    assert compare.name_of(lines[1]) == "main-countdown-rs2-800steps-5e-05-kl0.05-seed1"
+
+
+def test_at_other_temperatures_kept_models_are_evaluated_and_not_trained():
+    args = compare.parse("--only base grpo --temperature 0.6 2 --seeds 4".split())
+    lines = compare.asked(args)
+    models = [line["settings"]["model"] for line in lines]
+    kept = "runs/main-countdown-grpo-800steps-5e-05-seed4/model"
+    assert models == ["countdown-base"] * 2 + [kept] * 2
+    assert {line["settings"]["steps"] for line in lines} == {0}
+    assert compare.name_of(lines[3]) == "main-countdown-grpo-0steps-5e-05-temperature2-seed4"
 
 
 WRONG = {
@@ -409,12 +413,12 @@ def test_either_part_of_the_theory_prints_its_table_and_draws_its_picture(name, 
 
 
 def test_without_a_choice_the_theory_shows_both_parts(tmp_path):
-    theory.main(["--betas", "0", "2", "--out", str(tmp_path)])
+    theory.main(["--out", str(tmp_path)])
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["advantages.png", "lemmas.png"]
 
 
-@parametrize("bad", ["--betas nan", "--betas 2 inf", "--betas two", "--bogus"])
+@parametrize("bad", ["--lemmas 2", "--bogus"])
 def test_a_bad_option_of_the_theory_ends_with_status_2(bad, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         theory.main(bad.split())

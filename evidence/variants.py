@@ -5,33 +5,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 import rs_grpo
 from rs_grpo import ADVANTAGES, TASKS, grpo_advantage, risk_sensitive_advantage
 
 SCALE = 0.1  # mean |Â| of a rescaled batch
-MOST_BETA = 16.0
 
 
 def rescaled(advantages):
     """Advantages (P, N) times one number, so that their mean size is SCALE; zeros stay zeros."""
     size = advantages.abs().mean()
     return advantages * (SCALE / size) if size > 0 else advantages
-
-
-def beta_of_constant_kl(rewards, kl=math.log(2)):
-    """For each group the β with KL(softmax(β r) ‖ uniform) = `kl` nats, or MOST_BETA: (P, 1)."""
-    r = rewards.double()
-    low = torch.zeros(len(r), 1, dtype=torch.float64)
-    high = torch.full_like(low, MOST_BETA)
-    for _ in range(50):  # bisection
-        beta = (low + high) / 2
-        logp = (beta * r).log_softmax(1)  # (P, N)
-        divergence = (logp.exp() * logp).sum(1, keepdim=True) + math.log(r.shape[1])  # (P, 1)
-        low = torch.where(divergence < kl, beta, low)
-        high = torch.where(divergence < kl, high, beta)
-    return high
 
 
 def beta_of_accuracy(rewards):
@@ -42,7 +25,6 @@ def beta_of_accuracy(rewards):
 ADVANTAGES.update(
     rs_rescaled=lambda r, config: rescaled(risk_sensitive_advantage(r, config.beta)),
     grpo_rescaled=lambda r, config: rescaled(grpo_advantage(r)),
-    rs_kl=lambda r, config: risk_sensitive_advantage(r, beta_of_constant_kl(r)),
     rs_accuracy=lambda r, config: risk_sensitive_advantage(r, beta_of_accuracy(r)),
 )
 
@@ -95,7 +77,6 @@ METHODS = {  # in the order of the tables
     "rs8_rescaled": Method("RS-GRPO, β = 8", RESCALED | {"beta": 8.0}, "rescaled"),
     "mean_partial": Method("mean baseline", PARTIAL | {"beta": 0.0}, "partial"),
     "rs2_partial": Method("RS-GRPO, β = 2", PARTIAL | {"beta": 2.0}, "partial"),
-    "rs_kl": Method("β for KL = ln 2", {"advantage": "rs_kl"}, "schedules"),
     "rs_annealed": Method("β from 8 to 0 over the run", {}, "schedules", collect_annealed),
     "rs_accuracy": Method("β = 8 (1 − p)", {"advantage": "rs_accuracy"}, "schedules"),
 }

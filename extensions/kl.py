@@ -38,6 +38,8 @@ def with_penalty(collect):
     loaded = []
 
     def penalised(policy, task, config, state, generator):
+        if config.kl == 0:
+            return collect(policy, task, config, state, generator)
         if not loaded:
             base = rs_grpo.load_policy(config, task)  # again from --model, also in a resumed run
             base.model.requires_grad_(False)

@@ -157,6 +157,12 @@ def test_log_ratios_are_those_of_plain_forward_passes_at_the_sampling_temperatur
         assert ratio == pytest.approx((ours - theirs).item(), abs=1e-4)
 
 
+def test_without_a_weight_no_base_is_loaded(monkeypatch):
+    monkeypatch.setattr(rs_grpo, "load_policy", None)
+    collect = kl.with_penalty(lambda *arguments: arguments)
+    assert collect(1, 2, kl.Config(kl=0.0), 4, 5) == (1, 2, kl.Config(kl=0.0), 4, 5)
+
+
 def test_a_resumed_run_is_kept_near_the_model_that_it_started_from(tiny, tmp_path):
     def run(folder, steps, resume=False):
         config = kl.Config(**asdict(settings_of(tiny, tmp_path / folder, steps=steps)), kl=0.5)
