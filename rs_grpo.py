@@ -2,9 +2,9 @@
 
 Reinforcement learning with verifiable rewards improves a language model's first answer, but the
 best of many answers can get worse. Answers of a common kind are sampled most, so they dominate the
-gradient of the mean reward. As prompts share the model's weights, they become likelier even where
-they fail, and rare kinds rarer. Prompts that only a rare kind of answer solves are lost: training
-ends in a local optimum. RS-GRPO maximises an objective that gives these prompts more weight. For a
+gradient of the mean reward. As prompts share the model's weights, common kinds become likelier even
+on prompts where they fail. Prompts that only a rare kind of answer solves are lost: training ends
+in a local optimum. RS-GRPO maximises an objective that gives these prompts more weight. For a
 prompt x, completions y ~ π(·|x) and their rewards r(y), it is
 
     J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the largest reward for β → ∞
@@ -12,8 +12,8 @@ prompt x, completions y ~ π(·|x) and their rewards r(y), it is
     ∇J_β = (1/β) ∇E[exp(βr)] / E[exp(βr)] = E[ (1/β) exp(βr)/E[exp(βr)] · ∇log π ]
          = E[ A ∇log π ]   with the advantage   A = (1/β) (exp(βr)/E[exp(βr)] − 1)
 
-The first line is the chain rule and ∇E[f(y)] = E[f(y) ∇log π(y|x)], as in every policy gradient.
-The second line subtracts 1/β, a baseline: it changes no expectation, since E[∇log π] = 0.
+by the chain rule and ∇E[f(y)] = E[f(y) ∇log π(y|x)], as in every policy gradient. The last line
+subtracts 1/β, a baseline: it changes no expectation, since E[∇log π] = 0.
 
 We estimate A from a prompt's N samples, its group, with the mean of their exp(βr) in place of the
 expectation; the bias vanishes as N grows. Only A differs from GRPO, where it is (r − mean(r)) /
@@ -75,8 +75,8 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
 
         Â_i = (1/β) ( exp(βr_i) / mean_j exp(βr_j) − 1 )        r_i − mean_j r_j for β → 0
 
-    Advantages of correct / wrong samples when c of 16 are correct; ratio: that of a correct one at
-    c = 1 over c = 8. The larger β is, the more weight prompts get that only a rare answer solves:
+    Advantages of correct / wrong samples when c of 16 are correct; ratio: a correct one's at c = 1
+    divided by that at c = 8. It grows with β: hard prompts get relatively more weight.
                    c = 1          c = 4          c = 8         c = 15       ratio
         β = 0   .938/−.063     .750/−.250     .500/−.500     .063/−.938      1.9
         β = 2   2.140/−.143    .922/−.307     .381/−.381     .029/−.428      5.6
@@ -96,10 +96,10 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
         raise ValueError(f"rewards and beta must be finite: {rewards}, {beta}")
     neutral = beta.abs() < 1e-8
     beta = torch.where(neutral, 1.0, beta)  # no division by 0
-    r = r - r.amax(1, keepdim=True)  # a constant cancels; equal rewards become exactly 0
+    r = r - r.amax(1, keepdim=True)  # a constant cancels; this makes equal rewards exactly 0
     mean_baseline = r - r.mean(1, keepdim=True)
     exponent = beta * r
-    weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # no overflow, even for β < 0
+    weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # at most 1, even for β < 0
     risk_sensitive = (weight / weight.mean(1, keepdim=True) - 1) / beta
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
     advantages = torch.where(neutral, mean_baseline, risk_sensitive)
@@ -263,7 +263,7 @@ def prefill(policy, prompts):
 
 
 def hidden_states(policy, ids, mask, cache):
-    """Final hidden states (R, S, D) of token ids (R, S), which follow the cache and join it."""
+    """Final hidden states (R, S, D) of new tokens (R, S); mask (R, cached + S). The cache grows."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # the mask is False on padding: it isn't counted
     positions = positions[:, -ids.shape[1] :]  # (R, S)
     inputs = {"attention_mask": mask, "position_ids": positions, policy.cache_name: cache}
@@ -319,20 +319,20 @@ def roll_out(policy, task, problems, n, config, generator):
 
 # --- The loss, and pass@k -------------------------------------------------------------------------
 def completion_logprobs(policy, prompts, completions, temperature):
-    """log π of every completion token at the sampling temperature, (B, T), and 0 on padding.
+    """log π of every completion token of R rows at the sampling temperature, (R, T); 0 on padding.
     The keys and values of a prompt are computed once and handed to all its completions.
     """
-    different = list(dict.fromkeys(prompts))  # P of them
-    last, prompt_mask, cache = prefill(policy, different)  # (P, D), (P, L)
-    ids, mask = pad(policy, completions, "right")  # (B, T)
+    different = list(dict.fromkeys(prompts))  # fewer than R
+    last, prompt_mask, cache = prefill(policy, different)  # of each prompt: (…, D), (…, L)
+    ids, mask = pad(policy, completions, "right")  # (R, T)
     owner = [different.index(prompt) for prompt in prompts]
-    owner = torch.tensor(owner, device=ids.device)  # (B,)
-    hidden = last.index_select(0, owner)[:, None]  # (B, 1, D): it predicts the first token
+    owner = torch.tensor(owner, device=ids.device)  # (R,): the place of its prompt
+    hidden = last.index_select(0, owner)[:, None]  # (R, 1, D): it predicts the first token
     if ids.shape[1] > 1:
-        select_rows(cache, owner)  # from P rows to B
-        attended = torch.cat([prompt_mask[owner], mask[:, :-1]], 1)  # (B, L+T−1)
+        select_rows(cache, owner)  # a row for each completion
+        attended = torch.cat([prompt_mask[owner], mask[:, :-1]], 1)  # (R, L+T−1)
         later = hidden_states(policy, ids[:, :-1], attended, cache)
-        hidden = torch.cat([hidden, later], 1)  # (B, T, D): hidden[:, t] predicts ids[:, t]
+        hidden = torch.cat([hidden, later], 1)  # (R, T, D): hidden[:, t] predicts ids[:, t]
     logprobs = token_logprobs(policy, hidden[mask], ids[mask], temperature)
     padded = torch.zeros(ids.shape, device=ids.device)
     return padded.masked_scatter(mask, logprobs)
@@ -365,7 +365,7 @@ def micro_batches(rollouts, advantages, micro_tokens):
         weights[row] += advantage
     rows = [row for row in weights if weights[row] != 0]  # the others have no gradient
     rows.sort(key=lambda row: (row[0], len(row[1])))  # group by group, like lengths together
-    width = sum(max(map(len, column)) for column in zip(*rows))  # of prompts and of completions
+    width = sum(max(map(len, column)) for column in zip(*rows))  # longest prompt + completion
     size = max(1, micro_tokens // max(1, width))
     batches = []
     for start in range(0, len(rows), size):
@@ -409,7 +409,7 @@ def evaluate(policy, task, config):
     n = config.eval_samples
     correct, distinct = [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
-    at_once = max(1, config.prompts * config.samples // n)  # problems; the samples of a step
+    at_once = max(1, config.prompts * config.samples // n)  # problems; as many samples as a step
     for start in trange(0, len(task.held_out), at_once, desc="evaluating"):
         problems = task.held_out[start : start + at_once]
         rollouts = roll_out(policy, task, problems, n, config, generator)
@@ -452,9 +452,9 @@ class Config:  # each setting is a flag of the command line
     eval_samples: int = flag(256, "completions of each; k goes up to it in powers of 2", least=1)
     out: str = flag("", "run folder; by default runs/MODEL-ADVANTAGE-seedN")
     save_every: int = flag(50, "steps between checkpoints; a kill loses at most this many", least=1)
-    micro_tokens: int = flag(4096, "tokens per micro-batch; changes memory, not results", least=1)
+    micro_tokens: int = flag(4096, "tokens per micro-batch; changes memory and rounding", least=1)
     device: str = flag("auto", "auto (CUDA, else MPS, else CPU), or one such as cpu or cuda:1")
-    precision: str = flag("auto", "float32, float16, bfloat16; auto: float16 on CUDA, else float32")
+    precision: str = flag("auto", "float32, float16, bfloat16; auto: 16 bits on CUDA, else float32")
 
     @property
     def run_folder(self):
@@ -501,7 +501,7 @@ def train(config, resume=False, collect=collect, update=update):  # extensions r
     all that later steps depend on: weights, optimizer, the generator's state and `state`. It is
     written every `save_every` steps and around evaluations, and replaces the last one atomically,
     so a kill or Ctrl-C loses at most the steps since then. With `resume` the lost steps are run
-    again, on a CPU with identical results, on CUDA with the same random numbers up to rounding.
+    again, on a CPU with identical results, on CUDA with the same random numbers but other rounding.
     """
     check_config(config)
     task = TASKS[config.task](config)
@@ -578,7 +578,7 @@ def load_policy(config, task):
         model=model,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
-        cache_name="cache" if "cache" in arguments else "past_key_values",  # by version
+        cache_name="cache" if "cache" in arguments else "past_key_values",  # was renamed
         autocast=nullcontext,  # float32, also in the checks below
     )
     question = task.train[0][0]
@@ -716,7 +716,7 @@ def show(results, path):
 
 # --- The command line -----------------------------------------------------------------------------
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
-MAY_CHANGE = {"out", "steps", "save_every", "micro_tokens"}  # with --resume; out names the folder
+MAY_CHANGE = {"out", "steps", "save_every", "micro_tokens"}  # with --resume; folders may move
 MEMORY = """out of memory; --resume goes on with a smaller --micro-tokens, or start again with \
 smaller --prompts, --samples, --max-tokens, --eval-samples or --model"""
 
