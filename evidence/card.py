@@ -136,16 +136,23 @@ def shown(value):
 def machine(plan):
     query = "nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader"
     card = subprocess.getoutput(query) if plan.device == "cuda" else "none"
-    columns = "card, memory, driver | CPU cores | torch | transformers"
-    row = [card, os.cpu_count(), version("torch"), version("transformers")]
+    columns = "card, memory, driver | CPU cores | torch | CUDA | transformers"
+    row = [card, os.cpu_count(), version("torch"), torch.version.cuda, version("transformers")]
     yield "What was measured.", columns, [row]
     rows = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         size = plan.pick(8192, 256)
         a = torch.ones(size, size, dtype=dtype, device=plan.device)
         seconds = Timer("a @ a", globals={"a": a}).timeit(10).mean
-        rows.append([str(dtype), 2 * size**3 / seconds / 1e12])
-    yield "A large matrix product.", "precision | TFLOP/s", rows
+        rows.append([str(dtype), 2 * size**3 / seconds / 1e12, bandwidth(plan, dtype) / 1e9])
+    yield "A large matrix product, and a copy.", "precision | TFLOP/s | GB/s", rows
+
+
+def bandwidth(plan, dtype):
+    """Bytes a second that a copy on the device reads and writes."""
+    source = torch.ones(plan.pick(2**28, 2**22), dtype=dtype, device=plan.device)
+    copy = Timer("source.clone()", globals={"source": source}).timeit(10)
+    return 2 * source.nbytes / copy.mean
 
 
 def tests(plan):
@@ -223,11 +230,13 @@ def precision(plan):
             rollouts = rs_grpo.roll_out(policy, task, problems, 16, config, generator)
             advantages = torch.ones_like(rollouts.rewards)  # every group has a gradient
             norms.append(rs_grpo.update(policy, optimizer, rollouts, advantages, config, 10))
-        broken = 1 - torch.tensor(norms).isfinite().float().mean().item()
+        norms = torch.tensor(norms)
+        norms = norms[norms.isfinite()]
         # Bytes: 4 a weight, 2 its copy in autocast, 4 its gradient, 8 in AdamW, 26 a logit.
         computed = (18 * policy.model.num_parameters() + 26 * 2**25) / GIB
-        rows.append([name, broken, max(entries), peak(), computed, rounding(policy, rollouts)])
-        columns = "updates | not finite | largest gradient | peak (GiB) | computed | mean Δ log π"
+        gradient = [len(norms), norms.mean().item(), max(entries)]
+        rows.append([name, *gradient, peak(), computed, rounding(policy, rollouts)])
+        columns = "updates | finite | norm | largest entry | peak (GiB) | computed | mean Δ log π"
         yield f"Updates: {turns} in each precision; log π in sampling and learning.", columns, rows
 
 
@@ -256,15 +265,12 @@ def sampling(plan):
         _, mask, cache = rs_grpo.prefill(policy, prompts[:8])
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / mask.numel()
     parameters = policy.model.num_parameters()
-    source = torch.ones(plan.pick(2**28, 2**22), device=plan.device)
-    copy = Timer("source.clone()", globals={"source": source}).timeit(10)
-    bandwidth = 2 * source.nbytes / copy.mean  # a copy reads and writes
-    del source
+    speed_limit = bandwidth(plan, torch.float32)
     width = 2 if plan.device == "cuda" else 4  # bytes of a weight as it is read
     rows = []
     for count in counts:
         read = width * parameters + count * cached * (mask.shape[1] + length / 2)
-        limit = count * bandwidth / read
+        limit = count * speed_limit / read
         # Bytes: 4 a weight, 2 its copy in autocast, 26 a logit on its way to a token.
         computed = 6 * parameters + count * cached * (mask.shape[1] + length)
         computed += 26 * count * policy.model.config.vocab_size
@@ -276,7 +282,7 @@ def sampling(plan):
             generate(length)
             speed = count * length / (time.perf_counter() - started)
             rows.append([count, method, speed, limit, peak(), computed / GIB])
-            about = f"The limit is to read weights and cache at {bandwidth / 1e9:.0f} GB/s."
+            about = f"The limit is to read weights and cache at {speed_limit / 1e9:.0f} GB/s."
             yield about, "rows | method | tokens/s | limit | peak (GiB) | computed", rows
             if method == "sample" and speed < limit / 4:
                 with torch.profiler.profile() as profiler:

@@ -75,8 +75,7 @@ def begin(series, testbed, method, seed, changes):
 
 def name_of(line):
     settings = line["settings"]
-    name = "{series}-{testbed}-{method}".format(**line)
-    name += f"-{settings['steps']}steps-{settings['lr']:g}"
+    name = "{series}-{testbed}-{method}-{settings[steps]}steps-{settings[lr]:g}".format(**line)
     if settings.get("kl"):
         name += f"-kl{settings['kl']:g}"
     if settings["temperature"] != 1:
