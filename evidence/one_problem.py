@@ -48,17 +48,17 @@ def make():
 
 
 def cell(answers):
-    """The four most frequent answers, counted, right ones marked; and how many others there are."""
+    """The answers that are right or given more than once, counted; the number of others."""
     counts = Counter(map(tuple, answers)).most_common()
-    lines = []
-    for (reward, text), count in counts[:4]:
+    parts = []
+    for (reward, text), count in counts:
         mark = " ✓" if reward >= 1 else ""
-        lines.append(f"{count} × `{text}`{mark}")
-    others = counts[4:]
+        if mark or count > 1:
+            parts.append(f"{count} × `{text}`{mark}")
+    others = len(counts) - len(parts)
     if others:
-        solved = sum(count for (reward, _), count in others if reward >= 1)
-        lines.append(f"{sum(count for _, count in others)} others, {solved} right")
-    return "<br>".join(lines)
+        parts.append(f"{others} wrong, each once")
+    return ", ".join(parts)
 
 
 def main():

@@ -18,7 +18,17 @@ import pytest
 import torch
 
 import rs_grpo
-from evidence import card, compare, pretrain, report, side_by_side, speed, theory, variants
+from evidence import (
+    card,
+    compare,
+    one_problem,
+    pretrain,
+    report,
+    side_by_side,
+    speed,
+    theory,
+    variants,
+)
 from extensions import kl
 from rs_grpo import EMBEDDED, Config, Rollouts
 from test_rs_grpo import ROOT, group, parametrize
@@ -73,6 +83,11 @@ CREDITS |= dict.fromkeys("4*12 4*12+9-7-7 48 9**7-12-4 4/(12-9-7)- 9/(12-4-7-1)"
 def test_partial_credit_falls_with_the_distance_from_the_target(text):
     (credit,) = variants.partial_credits([text], [((4, 7, 9, 12), 48)])
     assert credit == pytest.approx(CREDITS[text])
+
+
+def test_the_answers_to_one_problem_are_counted_and_right_ones_marked():
+    answers = [(0.0, "1+1"), (1.0, "2*3"), (0.0, "1+1"), (0.0, "3-2"), (0.0, "1-1")]
+    assert one_problem.cell(answers) == "2 × `1+1`, 1 × `2*3` ✓, 2 wrong, each once"
 
 
 # --- The file of runs -----------------------------------------------------------------------------
