@@ -57,7 +57,7 @@ def cell(answers):
             parts.append(f"{count} × `{text}`{mark}")
     others = len(counts) - len(parts)
     if others:
-        parts.append(f"{others} wrong, each once")
+        parts.append(f"{others} given once")
     return ", ".join(parts)
 
 
