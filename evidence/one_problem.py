@@ -54,10 +54,9 @@ def cell(answers):
     for (reward, text), count in counts:
         mark = " ✓" if reward >= 1 else ""
         if mark or count > 1:
-            parts.append(f"{count} × `{text}`{mark}")
+            parts.append(f"`{text}`{mark} ({count})")
     others = len(counts) - len(parts)
-    if others:
-        parts.append(f"{others} given once")
+    parts.append(f"{others} others" if parts else f"{others} different")
     return ", ".join(parts)
 
 

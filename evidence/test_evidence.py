@@ -87,7 +87,7 @@ def test_partial_credit_falls_with_the_distance_from_the_target(text):
 
 def test_the_answers_to_one_problem_are_counted_and_right_ones_marked():
     answers = [(0.0, "1+1"), (1.0, "2*3"), (0.0, "1+1"), (0.0, "3-2"), (0.0, "1-1")]
-    assert one_problem.cell(answers) == "2 × `1+1`, 1 × `2*3` ✓, 2 given once"
+    assert one_problem.cell(answers) == "`1+1` (2), `2*3` ✓ (1), 2 others"
 
 
 # --- The file of runs -----------------------------------------------------------------------------
