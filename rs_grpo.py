@@ -31,7 +31,7 @@ reference model. pass@k, the chance that at least one of k samples is right, on 
     python rs_grpo.py --advantage grpo    # the same with GRPO
 
 Legend: P prompts per step, N samples of each, B = P·N completions; R rows of a batch; L tokens of a
-prompt, T of a completion, S new tokens; D the model's width, V its vocabulary.
+prompt, T of a completion, S of one forward pass; D the model's width, V its vocabulary.
 """
 
 import argparse
@@ -96,10 +96,10 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
         raise ValueError(f"rewards and beta must be finite: {rewards}, {beta}")
     neutral = beta.abs() < 1e-8
     beta = torch.where(neutral, 1.0, beta)  # no division by 0
-    r = r - r.amax(1, keepdim=True)  # a constant cancels; this makes equal rewards exactly 0
+    r = r - r.amax(1, keepdim=True)  # cancels below; equal rewards become exactly 0
     mean_baseline = r - r.mean(1, keepdim=True)
     exponent = beta * r
-    weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # at most 1, even for β < 0
+    weight = (exponent - exponent.amax(1, keepdim=True)).exp()  # no overflow, even for β < 0
     risk_sensitive = (weight / weight.mean(1, keepdim=True) - 1) / beta
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
     advantages = torch.where(neutral, mean_baseline, risk_sensitive)
@@ -356,7 +356,7 @@ def token_logprobs(policy, hidden, ids, temperature):
 
 
 def micro_batches(rollouts, advantages, micro_tokens):
-    """Cut a batch into (prompts, completions, weights) of at most `micro_tokens` padded tokens.
+    """Cut a batch into (prompts, completions, weights) of `micro_tokens` padded tokens or one row.
     Equal completions of a prompt have equal gradients: one stands for all, with their summed Â.
     """
     weights = Counter()
@@ -365,7 +365,7 @@ def micro_batches(rollouts, advantages, micro_tokens):
         weights[row] += advantage
     rows = [row for row in weights if weights[row] != 0]  # the others have no gradient
     rows.sort(key=lambda row: (row[0], len(row[1])))  # group by group, like lengths together
-    width = sum(max(map(len, column)) for column in zip(*rows))  # longest prompt + completion
+    width = sum(max(map(len, side)) for side in zip(*rows))  # longest prompt + longest completion
     size = max(1, micro_tokens // max(1, width))
     batches = []
     for start in range(0, len(rows), size):
@@ -409,7 +409,7 @@ def evaluate(policy, task, config):
     n = config.eval_samples
     correct, distinct = [], []
     generator = torch.Generator(policy.model.device).manual_seed(10**6 + config.seed)
-    at_once = max(1, config.prompts * config.samples // n)  # problems; as many samples as a step
+    at_once = max(1, config.prompts * config.samples // n)  # problems, for B samples at once
     for start in trange(0, len(task.held_out), at_once, desc="evaluating"):
         problems = task.held_out[start : start + at_once]
         rollouts = roll_out(policy, task, problems, n, config, generator)
@@ -722,7 +722,7 @@ smaller --prompts, --samples, --max-tokens, --eval-samples or --model"""
 
 
 def resumed(config, given):
-    """The stored Config of the run, with the changes that are given. Raises BadInput."""
+    """The Config stored in `config`'s run folder, changed by the `given` flags. Raises BadInput."""
     folder = config.run_folder
     stored = json.loads((folder / "config.json").read_text())
     if stored.keys() != vars(config).keys():
@@ -764,7 +764,7 @@ def main(arguments=None, config_class=Config, collect=collect, update=update):
         results = train(config, resume, collect, update)
         show(results, config.run_folder / "passk.png")
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped; --resume goes on: {shlex.join(sys.orig_argv)} --resume\n")
+        parser.exit(130, f"\nstopped; to go on: {shlex.join(sys.orig_argv)} --resume\n")
     except (BadInput, OSError, json.JSONDecodeError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (RuntimeError, MemoryError) as error:
