@@ -53,7 +53,7 @@ def run_all(steps: dict[str, tuple], plan: Plan, minutes: float) -> None:
     """Run the steps one after another; card.json and card.md hold what they have measured.
 
     A step is its name, its share of the time, and a function from a Plan that yields tables (a
-    sentence, columns, rows) and texts (a sentence, text). One replaces the last of its sentence.
+    sentence, columns, rows) and texts (a sentence, text). The last with a given sentence is kept.
     """
     ends = time.monotonic() + 60 * minutes
     shares = sum(share for _, share, _ in steps.values())

@@ -94,8 +94,8 @@ class Runs:
     def difference(self, pair, k):
         """Of the pair "A - B", in points: the mean of A − B, and the bounds of its 95 % interval.
 
-        The bootstrap resamples problems and training seeds, both with replacement; a problem and a
-        seed keep their pairs, since both methods saw the same.
+        The bootstrap resamples problems and training seeds, both with replacement. Both methods
+        share each draw, since both saw the same problems and seeds.
         """
         a, b = pair.split(" - ")
         shared_a = [seed in self.lines[b] for seed in self.lines[a]]

@@ -3,7 +3,7 @@
     python -m evidence.side_by_side runs/*
     python -m evidence.side_by_side runs/a runs/b --out a-and-b.png
 
-The base is the model before training: the mean over seeds, as each draws other samples of it.
+The base is the model before training. It is a mean over seeds, as each seed draws other samples.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python -m evidence.speed --model FOLDER --task countdown-text --prompts 32 --device cuda
 
 The two alternate, each in a process of its own. TRL generates with transformers, its default, and
-also computes groups without a signal, whose gradient is zero; so ours is timed in that way, too.
+also computes groups without a signal, whose gradient is zero. rs_grpo.py is timed both ways.
 """
 
 import argparse

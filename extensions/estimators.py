@@ -70,8 +70,8 @@ def pkpo_advantage(rewards, k):
 
         s_i = (1/C(N,k)) Σ_{I∋i} max_{j∈I} r_j        over all subsets I of k samples
 
-    With the rewards sorted upwards and counted from 0, sample i is the best of C(i,k−1) of its
-    subsets, and a better sample j is the best of C(j−1,k−2) of them. Positive throughout: only a
+    With the rewards in ascending order, counted from 0, sample i is the best of C(i,k−1) of its
+    subsets, and a better sample j is the best of C(j−1,k−2) of them. Never negative: only a
     group without a success has no signal. Raises ValueError for k outside 1 … N.
     """
     rewards = checked(rewards, k)

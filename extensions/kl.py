@@ -4,8 +4,8 @@
     python -m extensions.kl --kl 0.02 --advantage grpo
 
 The objective becomes J_β − λ KL(π ‖ π_base), where the divergence is that of whole completions, in
-nats. With Δ(y) = log π(y|x) − log π_base(y|x) it is E[Δ], and its gradient is E[Δ ∇log π], since
-that of Δ itself contributes E[∇log π] = 0. So the advantage becomes
+nats. With Δ(y) = log π(y|x) − log π_base(y|x) it is E[Δ]. Its gradient is E[Δ ∇log π], because
+the gradient of Δ contributes only E[∇log π] = 0. So the advantage becomes
 
     Â_i  −  λ (Δ_i − mean_j Δ_j)        the group's mean is a baseline, as in r − mean(r)
 

@@ -41,8 +41,8 @@ class MathConfig(estimators.Config):
     eval_samples: int = flag(16, "completions of each, and so the largest k", least=1)
     dynamic_sampling: int = flag(0, "further draws a step, while groups lack a signal", least=0)
     updates: int = flag(1, "updates a step; above 1, of minibatches with PPO's ratio", least=1)
-    clip_low: float = flag(0.2, "the ratio then counts from 1 - this", least=0)
-    clip_high: float = flag(0.28, "to 1 + this; wider, so that rare tokens can rise", least=0)
+    clip_low: float = flag(0.2, "lower clip of that ratio: 1 - this", least=0)
+    clip_high: float = flag(0.28, "upper clip: 1 + this; wider, so rare tokens can rise", least=0)
     checkpointing: bool = flag(False, "compute activations again in the backward pass")
 
     def __post_init__(self):
@@ -59,8 +59,8 @@ class MathConfig(estimators.Config):
 def load_task(config):
     """The Task of mathematics that `config` names. Raises BadInput.
 
-    Held out is --eval-task, or a tenth by a hash of the text: no order, size or seed moves a
-    problem to the other part.
+    --eval-task is held out, or a tenth chosen by a hash of the text: no order, size or seed moves
+    a problem to the other part.
     """
     if not config.task:
         raise BadInput(f"--task is missing; give a .jsonl file or one of {', '.join(HUB)}")
@@ -104,7 +104,7 @@ def encode(tokenizer, questions, instruction):
 
 # --- The paper's recipe: what differs from rs_grpo.collect and rs_grpo.update ---------------------
 def collect(policy, task, config, state, generator):
-    """`rs_grpo.collect`, and again while fewer than P groups have a signal, D times at most.
+    """`rs_grpo.collect`, then up to --dynamic-sampling more draws until P groups have a signal.
 
     Each draw takes the next problems of the epoch; the step learns from all of them (dynamic
     sampling, DAPO, arXiv 2503.14476). `state.drawn` counts the draws of all steps.
@@ -136,7 +136,7 @@ def joined(draws):
 
 
 def update(policy, optimizer, rollouts, advantages, config, step):
-    """`rs_grpo.update`; if U > 1, one for each of U parts of the groups, with PPO's clipped ratio.
+    """`rs_grpo.update`, or --updates of them with PPO's clipped ratio, each on part of the groups.
 
     Returns the mean of the gradients' norms.
     """
@@ -183,7 +183,7 @@ def clipped_policy_gradient(policy, rollouts, advantages, old, config, logprobs)
 
         loss = − Σ_i Σ_t min(ratio·Â_i, clip(ratio, 1 − low, 1 + high)·Â_i) / (completion tokens)
 
-    with ratio = π/π_old, which keeps an update from going far where the samples no longer tell
+    with ratio = π/π_old. The clip keeps an update from moving π far from the policy that sampled
     (PPO, arXiv 1707.06347). `old` holds log π_old of every micro-batch, (B', T) each.
     """
     batches = rs_grpo.micro_batches(rollouts, advantages, config.micro_tokens)
@@ -201,9 +201,9 @@ def clipped_policy_gradient(policy, rollouts, advantages, old, config, logprobs)
 
 
 def checkpointed_logprobs(policy, prompts, completions, temperature):
-    """`rs_grpo.completion_logprobs`, but what a layer computes is computed again, not kept.
+    """`rs_grpo.completion_logprobs`, but the activations in a layer are recomputed, not kept.
 
-    To run a layer again would add to a cache again, so each row is run whole: no prompt is shared.
+    Rerunning a layer would add to a cache twice, so each row is run whole: no prompt is shared.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

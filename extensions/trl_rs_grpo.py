@@ -53,7 +53,7 @@ class RSGRPOTrainer(GRPOTrainer):
         advantages = regrouped_advantage(rewards, self._scored, samples, self.beta_risk)  # (B,)
         start = self.accelerator.process_index * len(mine)
         output["advantages"] = advantages[start : start + len(mine)].to(mine)
-        log = self._logs["advantages"]  # a deque for log_completions; TRL's advantages end it
+        log = self._logs["advantages"]  # for log_completions; it ends with TRL's advantages
         kept = list(log)[: -len(advantages)]
         log.clear()
         log.extend(kept + advantages.tolist())

@@ -33,7 +33,7 @@ NUMBER = r"-?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)%?"
 def math_reward(completion, answer):
     r"""1.0 if the last \boxed{} of `completion` is equivalent to `answer`, else 0.0.
 
-    Small models hardly ever write a box: without one, the last number counts if the answer is one.
+    Small models rarely write a box. Without one, the last number counts if the answer is a number.
     Plain numbers are compared exactly, all else by math-verify, within bounds of size and time.
     Raises BadInput if math-verify is needed and missing.
     """
@@ -103,7 +103,7 @@ def equivalent(box, answer):
     verifier.kill()
     verifier.communicate()  # closes the pipes and leaves no zombie
     killed.append((box, answer))
-    tqdm.write(f"{box!r} ended its verifier and counts as wrong; so did {len(killed)} in all")
+    tqdm.write(f"{box!r} ended its verifier and counts as wrong; {len(killed)} such in all")
     return False
 
 

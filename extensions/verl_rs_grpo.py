@@ -1,7 +1,7 @@
 """RS-GRPO on verl: `risk_sensitive_advantage` as the estimator rs_grpo, for many GPUs and nodes.
 
-verl imports what VERL_USE_EXTERNAL_MODULES names wherever it is imported itself, so nothing of verl
-is edited:
+Wherever verl is imported, it imports the modules that VERL_USE_EXTERNAL_MODULES names, so verl
+isn't edited:
 
     export PYTHONPATH=$PWD VERL_USE_EXTERNAL_MODULES=extensions.verl_rs_grpo
     python -m verl.trainer.main_ppo algorithm.adv_estimator=rs_grpo +algorithm.rs_beta=2 \\
