@@ -341,7 +341,7 @@ REFUSED = """: --task is missing
 --task chess: chess can't be read
 --task math500: a .jsonl file with problem and answer
 --task countdown --eval-task gsm8k: --eval-task
---task gsm8k: read the prompts
+--task gsm8k --instruction Why: read the prompts
 --task gsm8k --updates 5 --prompts 4: --updates
 --task gsm8k --advantage chen --k 17: --k
 --task gsm8k --advantage pkpo_loo --k 1: --k
