@@ -356,7 +356,7 @@ def token_logprobs(policy, hidden, ids, temperature):
 
 
 def micro_batches(rollouts, advantages, micro_tokens):
-    """Cut a batch into (prompts, completions, weights) of `micro_tokens` padded tokens or one row.
+    """Cut a batch into (prompts, completions, weights) of one row or `micro_tokens` tokens at most.
     Equal completions of a prompt have equal gradients: one stands for all, with their summed Â.
     """
     weights = Counter()
