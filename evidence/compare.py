@@ -88,7 +88,7 @@ def make(line, folder):
     started = time.perf_counter()
     testbed = TESTBEDS[line["testbed"]]
     config = kl.Config(**line["settings"], seed=line["seed"], out=str(folder))
-    collect = watched(kl.with_penalty(METHODS[line["method"]].collect), testbed)
+    collect = watched(kl.with_penalty(rs_grpo.collect), testbed)
     results = rs_grpo.train(config, goes_on(config), collect)
     line = line | results[config.steps]
     del line["pass_at_k"]  # follows from the counts

@@ -22,21 +22,10 @@ NOTE = "<!-- Written by `python -m evidence.report`: edit RESULTS.template.md in
 DRAWS = 10_000  # of the bootstrap
 RATE = {"countdown": 5e-5, "pretrained": 2e-5}  # unless a run's name says another
 LABELS = {name: method.label for name, method in METHODS.items()}
-COLORS = {
-    "base": "0.55",
-    "grpo": "black",
-    "mean": "tab:blue",
-    "rs2": "#f59e42",
-    "rs4": "#d7301f",
-    "rs8": "#7f0000",
-    "chen": "tab:green",
-    "mahdavi": "tab:purple",
-    "pkpo": "tab:brown",
-    "pkpo_loo": "tab:olive",
-    "maxrl": "tab:cyan",
-}
-MAIN = list(COLORS)
-FOUR = ["grpo", "rs2", "rs8", "maxrl"]  # compared at several learning rates
+MAIN = [name for name, method in METHODS.items() if method.part == "main"]
+IN_ORDER = "0.55 black tab:blue #f59e42 #d7301f #7f0000"
+IN_ORDER += " tab:green tab:purple tab:brown tab:olive tab:cyan"
+COLORS = dict(zip(MAIN, IN_ORDER.split()))
 TITLES = {
     "pass@1": "held-out pass@1 (%)",
     "pass@32": "held-out pass@32 (%)",
@@ -47,25 +36,26 @@ TITLES = {
 
 
 class Runs:
-    """The lines of some runs and of the base, by name: S seeds, M problems, n samples of each.
+    """The lines of some runs and of the base, by name: S seeds, M problems, n samples of each."""
 
-    A name is METHOD@RATE, as in rs2@5e-5; METHOD alone is short for its testbed's own rate.
-    """
-
-    def __init__(self, lines, testbed="countdown", steps=800, seeds=range(5), series="main"):
+    def __init__(
+        self, lines, testbed="countdown", steps=800, seeds=range(5), series="main", part=slice(256)
+    ):
+        self.part = part  # of the held-out problems
         self.lines = {}  # from name to seed to line
-        for line in sorted(lines, key=lambda line: line["seed"]):
-            settings = line["settings"]
-            fits = settings["steps"] in (steps, 0) and line["seed"] in seeds
-            if not fits or (line["testbed"], line["series"]) != (testbed, series):
-                continue
-            rate = settings["lr"]
-            name = line["method"]
-            self.lines.setdefault(f"{name}@{written(rate)}", {})[line["seed"]] = line
-            if rate == RATE[testbed]:
-                self.lines.setdefault(name, {})[line["seed"]] = line
-            self.n = line["n"]
+        for line in sorted(lines, key=in_order):
+            seed = line["seed"]
+            trained = line["settings"]["steps"]
+            fits = trained in (steps, 0) and seed in seeds
+            if fits and (line["testbed"], line["series"]) == (testbed, series):
+                by_seed = self.lines.setdefault(name_of(line), {})
+                by_seed[seed] = line
+                self.n = line["n"]
         self.ks = [2**i for i in range(self.n.bit_length())]
+
+    def family(self, name, sign):
+        """The runs that differ from a run at most in what this sign stands for: their names."""
+        return [other for other in self.lines if other.split(sign)[0] == name]
 
     def field(self, name, *path):
         """One field of each seed's line: (S, …)."""
@@ -84,12 +74,19 @@ class Runs:
 
     def pass_at_k(self, name, k):
         """In percent: (S, M)."""
-        correct = self.field(name, "correct").astype(int)
-        return chances(self.n, int(k))[correct]
+        correct = self.field(name, "correct")[:, self.part]
+        return chances(self.n, int(k))[correct.astype(int)]
 
     def per_seed(self, name, k):
         """Mean over problems: (S,)."""
         return self.pass_at_k(name, k).mean(1)
+
+    def average(self, name, k):
+        return self.per_seed(name, k).mean()
+
+    def distinct(self, name):
+        """Different correct answers to a problem: (S,)."""
+        return self.field(name, "distinct")[:, self.part].mean(1)
 
     def difference(self, pair, k):
         """Of the pair "A - B", in points: the mean of A − B, and the bounds of its 95 % interval.
@@ -109,7 +106,7 @@ class Runs:
     # The methods below return text, for placeholders. Several k are written with what joins them.
     def mean(self, name, ks):
         """pass@k, mean over seeds."""
-        return "/".join(f"{self.per_seed(name, k).mean():.1f}" for k in ks.split("/"))
+        return "/".join(f"{self.average(name, k):.1f}" for k in ks.split("/"))
 
     def each(self, name, k):
         """pass@k of each seed."""
@@ -134,7 +131,7 @@ class Runs:
     def row(self, name, ks):
         """Cells: pass@k, different correct answers and, unless it's the base, two more."""
         cells = [cell(self.per_seed(name, k)) for k in ks.split(" | ")]
-        cells.append(cell(self.field(name, "distinct").mean(1), 2))
+        cells.append(cell(self.distinct(name), 2))
         if name != "base":
             _, solved = self.curve(name, "solve_rate")
             cells.append(cell(100 * solved[-1]))
@@ -144,16 +141,34 @@ class Runs:
     def falls_below(self, name):
         """The k from which a method's mean stays below the base's."""
         for k in self.ks[::-1]:
-            lead = self.pass_at_k(name, k).mean() - self.pass_at_k("base", k).mean()
-            if lead >= 0:
+            if self.average(name, k) >= self.average("base", k):
                 return f"{2 * k}" if k < self.n else f"not up to {k}"
         return "1"
+
+
+def name_of(line):
+    """A run's method and what is unusual: +λ of a KL penalty, ~temperature, @learning rate."""
+    settings = line["settings"]
+    name = line["method"]
+    if settings.get("kl"):
+        name += f"+{settings['kl']:g}"
+    if settings["temperature"] != 1:
+        name += f"~{settings['temperature']:g}"
+    if settings["lr"] != RATE[line["testbed"]]:
+        name += f"@{written(settings['lr'])}"
+    return name
+
+
+def in_order(line):
+    settings = line["settings"]
+    return settings["lr"], settings.get("kl", 0), settings["temperature"], line["seed"]
 
 
 @cache
 def chances(n, k):
     """pass@k in percent for each number of correct samples: (n + 1,)."""
-    return np.array([100 * pass_at_k(n, c, k) for c in range(n + 1)])
+    values = [pass_at_k(n, c, k) for c in range(n + 1)]
+    return 100 * np.array(values)
 
 
 @cache
@@ -197,14 +212,17 @@ def filled(template, sets):
     return re.sub(r"\{\{(\w+): (\w+) (.+?)\}\}", replacement, template)
 
 
-def line(axes, name, x, columns, style="-"):
-    """The mean of each column over x, with the range of its seeds as a band."""
+def line(axes, name, x, values, style="-"):
+    """The mean of values (X, S) over x, with the range of its seeds as a band."""
     color = COLORS[name]
-    means = [column.mean() for column in columns]
-    low = [column.min() for column in columns]
-    high = [column.max() for column in columns]
-    axes.plot(x, means, style, color=color, label=LABELS[name], lw=1.8)
-    axes.fill_between(x, low, high, color=color, alpha=0.1, lw=0)
+    axes.plot(x, values.mean(1), style, color=color, label=LABELS[name])
+    axes.fill_between(x, values.min(1), values.max(1), color=color, alpha=0.1)
+
+
+def mark_base(axes, *point):
+    axes.plot(*point, "s", color=COLORS["base"], ms=8)
+    axes.annotate("base", point, (0, -16), textcoords="offset points", ha="center")
+    axes.margins(0.12)  # the word needs room
 
 
 def over_steps(axes, runs, names, field):
@@ -216,7 +234,7 @@ def over_steps(axes, runs, names, field):
 def over_k(axes, runs, names, about=""):
     """pass@k over k: the paper's Figure 4."""
     for name in ["base", *names]:
-        values = [runs.per_seed(name, k) for k in runs.ks]
+        values = np.array([runs.per_seed(name, k) for k in runs.ks])
         line(axes, name, runs.ks, values, "--" if name == "base" else "-")
     axes.set_xscale("log", base=2)
     axes.set_xticks(runs.ks, map(str, runs.ks))
@@ -224,115 +242,100 @@ def over_k(axes, runs, names, about=""):
 
 
 def paths(axes, runs, names):
-    """Each method's path through the plane of pass@1 and pass@32; bold for GRPO and each β."""
+    """Each method's path through the plane of pass@1 and pass@32, from the base to the end."""
     for name in names:
         _, x = runs.curve(name, "pass@1")
         _, y = runs.curve(name, "pass@32")
         x, y = x.mean(1), y.mean(1)
-        color = COLORS[name]
-        if name.startswith(("grpo", "mean", "rs")):
-            axes.plot(x, y, ".-", color=color, lw=1.8)
-            axes.plot(x[-1], y[-1], "o", color=color, ms=9, mec="white")
-        else:
-            axes.plot(x, y, color=color, lw=0.8, alpha=0.6)
-    start = (x[0], y[0])
-    axes.plot(*start, "s", color=COLORS["base"], ms=8)
-    axes.annotate("base", start, (0, -16), textcoords="offset points", ha="center")
-    axes.margins(0.12)  # the word needs room
-    axes.set(title="from the base to the end, mean over seeds")
-    axes.set(xlabel="pass@1 (%)", ylabel="pass@32 (%)")
+        axes.plot(x, y, ".-", color=COLORS[name])
+        axes.plot(x[-1], y[-1], "o", color=COLORS[name], ms=9)
+    mark_base(axes, x[0], y[0])
+    axes.set(title="mean over seeds", xlabel="pass@1 (%)", ylabel="pass@32 (%)")
 
 
-def new_figure(height, rows, **shared):
-    figure = Figure(figsize=(11, height), layout="constrained")
-    return figure, figure.subplots(rows, 2, **shared).flatten()
+def plane(axes, runs, methods, sign, k, about):
+    """Each method's path through the plane of pass@1 and pass@k, over a rate or a weight."""
+    for method in methods:
+        names = runs.family(method, sign)
+        x = [runs.average(name, 1) for name in names]
+        y = [runs.average(name, k) for name in names]
+        axes.plot(x, y, "o-", color=COLORS[method], label=LABELS[method])
+        for name, *point in zip(names, x, y):
+            word = name.partition(sign)[2]
+            axes.annotate(word, point, (5, 4), textcoords="offset points", fontsize=8)
+    base = runs.average("base", 1), runs.average("base", k)
+    mark_base(axes, *base)
+    axes.set(title=about, xlabel="pass@1 (%)", ylabel=f"pass@{k} (%)")
 
 
-def finish(axes):
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def legend_below(figure, axes):
-    lines = axes.get_legend_handles_labels()
-    figure.legend(*lines, frameon=False, loc="outside lower center", ncols=5)
-
-
-def draw_panels(runs, names, fields):
-    """Four panels: pass@k over k, paths, or a field over the steps of training."""
-    figure, panels = new_figure(7.6, 2)
-    for axes, field in zip(panels, fields):
-        if field == "pass@k":
-            over_k(axes, runs, names)
-        elif field == "paths":
-            paths(axes, runs, names)
-        else:
-            over_steps(axes, runs, names, field)
-        finish(axes)
-    legend_below(figure, panels[0])
-    return figure
-
-
-def draw_pass_at_k(runs):
-    figure, (left, right) = new_figure(4.6, 1, sharey=True)
-    over_k(left, runs, MAIN[1:6], ": RS-GRPO, GRPO and the mean")
-    over_k(right, runs, ["rs2", *MAIN[6:]], ": other estimators of pass@k")
-    for axes in (left, right):
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
-        finish(axes)
-    return figure
-
-
-def draw_rates(runs, methods, rates, large):
-    """pass@1, and pass@k at a large k, over the learning rate."""
-    figure, panels = new_figure(4.6, 1)
-    for axes, k in zip(panels, (1, large)):
-        base = runs.per_seed("base", k).mean()
-        axes.axhline(base, color=COLORS["base"], ls="--", label="base")
-        x = [float(rate) for rate in rates]
-        for method in methods:
-            values = [runs.per_seed(f"{method}@{rate}", k) for rate in rates]
-            line(axes, method, x, values, "o-")
-        axes.set_xscale("log")
-        axes.set_xticks(x, rates)
-        axes.minorticks_off()
-        axes.set(title=f"held-out pass@{k}", xlabel="learning rate", ylabel="%")
-        finish(axes)
-    legend_below(figure, panels[0])
-    return figure
-
-
-def draw_diversity(runs):
-    """How many different correct answers, and how many problems are solved how often."""
-    figure, (bars, accuracies) = new_figure(4.2, 1)
+def different_answers(axes, runs):
     for name in MAIN[::-1]:
-        values = runs.field(name, "distinct").mean(1)  # (S,)
-        bars.barh(LABELS[name], values.mean(), xerr=standard_error(values), color=COLORS[name])
-    bars.set(title="distinct correct answers", xlabel=f"a problem, in {runs.n} samples")
-    for name in ("base", "grpo", "rs2", "rs8"):
+        values = runs.distinct(name)
+        error = standard_error(values)
+        axes.barh(LABELS[name], values.mean(), xerr=error, color=COLORS[name])
+    axes.set(title="distinct correct answers", xlabel=f"a problem, in {runs.n} samples")
+
+
+def accuracies(axes, runs, names):
+    """How many problems are solved how often."""
+    for name in names:
         accuracy = np.sort(runs.pass_at_k(name, 1), axis=None)[::-1]  # all seeds
         share = np.linspace(0, 100, len(accuracy))
-        accuracies.plot(accuracy, share, color=COLORS[name], label=LABELS[name])
-    accuracies.set(title="problems solved at least so often (%)", xlabel="accuracy (%)")
-    accuracies.legend(frameon=False)
-    for axes in (bars, accuracies):
-        finish(axes)
+        axes.plot(accuracy, share, color=COLORS[name], label=LABELS[name])
+    axes.set(title="problems solved at least so often (%)", xlabel="accuracy (%)")
+
+
+def draw(*panels):
+    """A figure of panels, two a row. A panel is a function of axes, with its other arguments."""
+    rows = len(panels) // 2
+    figure = Figure(figsize=(11, 1.4 + 3.2 * rows), layout="constrained")
+    legend = {}  # from label to line
+    all_axes = figure.subplots(rows, 2).flatten()
+    for axes, (function, *arguments) in zip(all_axes, panels):
+        function(axes, *arguments)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        lines, labels = axes.get_legend_handles_labels()
+        legend |= dict(zip(labels, lines))
+    figure.legend(legend.values(), legend, frameon=False, loc="outside lower center", ncols=5)
     return figure
 
 
-def figures_of(main, small):
+def figures_of(sets):
     """The figures by name."""
-    rates = ["2.5e-5", "5e-5", "1e-4", "2e-4"]
-    small_rates = ["5e-6", "1e-5", "2e-5"]
-    three = FOUR[:3]
+    main = sets["main"]
+    small = sets["small"]
+    all_methods = MAIN[1:]
+    betas = MAIN[2:6]
+    few = ["grpo", "rs2", "rs8"]
     return {
-        "passk": draw_pass_at_k(main),
-        "beta": draw_panels(main, MAIN[2:6], ["solve_rate", "reward", "pass@1", "pass@32"]),
-        "methods": draw_panels(main, MAIN[1:], ["pass@1", "pass@32", "entropy", "paths"]),
-        "diversity": draw_diversity(main),
-        "learning-rates": draw_rates(main, FOUR, rates, 256),
-        "pretrained": draw_panels(small, three, ["pass@k", "paths", "reward", "entropy"]),
-        "pretrained-learning-rates": draw_rates(small, three, small_rates, 64),
+        "passk": draw(
+            (over_k, main, MAIN[1:6], ": RS-GRPO, GRPO and the mean"),
+            (over_k, main, ["rs2", *MAIN[6:]], ": other estimators of pass@k"),
+        ),
+        "beta": draw(
+            (over_steps, main, betas, "solve_rate"),
+            (over_steps, main, betas, "reward"),
+            (over_steps, main, betas, "pass@1"),
+            (over_steps, main, betas, "pass@32"),
+        ),
+        "methods": draw(
+            (over_steps, main, all_methods, "pass@1"),
+            (over_steps, main, all_methods, "pass@32"),
+            (over_steps, main, all_methods, "entropy"),
+            (paths, main, MAIN[1:6]),
+        ),
+        "diversity": draw((different_answers, main), (accuracies, main, ["base", *few])),
+        "learning-rates": draw(
+            (plane, main, [*few, "maxrl"], "@", 256, "embedded model (no label: 5e-5)"),
+            (plane, small, few, "@", 64, "pretrained model (no label: 2e-5)"),
+        ),
+        "pretrained": draw(
+            (over_k, small, few),
+            (paths, small, few),
+            (over_steps, small, few, "reward"),
+            (over_steps, small, few, "entropy"),
+        ),
     }
 
 
@@ -341,7 +344,7 @@ def main():
     sets = sets_of(lines)
     template = (HERE / "RESULTS.template.md").read_text()
     (HERE / "RESULTS.md").write_text(NOTE + filled(template, sets))
-    for name, figure in figures_of(sets["main"], sets["small"]).items():
+    for name, figure in figures_of(sets).items():
         figure.savefig(HERE.parent / f"figures/{name}.png", dpi=130)
 
 

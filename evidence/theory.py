@@ -1,8 +1,6 @@
 """What the lemmas and Figure 2 of Risk-Sensitive GRPO (arXiv 2509.24261) say, in numbers.
 
-    python -m evidence.theory                 # both: prints a table and draws a picture of each
-    python -m evidence.theory --lemmas        # only Lemmas 2 to 4: figures/lemmas.png
-    python -m evidence.theory --advantages    # only Figure 2: figures/advantages.png
+    python -m evidence.theory    # prints two tables, draws figures/lemmas.png and advantages.png
 
 Lemma 2: with β = 0, an update can lower π(a*), the probability of the best arm. Lemma 3: for every
 policy, a large enough β raises it. Lemma 4: beyond some β, the rise shrinks, in the limit as 1/β.
@@ -147,8 +145,6 @@ def show_advantages():
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("theory.py")
-    parser.add_argument("--lemmas", action="store_true", help="only Lemmas 2 to 4")
-    parser.add_argument("--advantages", action="store_true", help="only Figure 2")
     parser.add_argument("--out", type=Path, default="figures", help="folder of pictures (figures)")
     args = parser.parse_args(arguments)
     plt.switch_backend("agg")  # needs no display
@@ -156,10 +152,8 @@ def main(arguments=None):
     plt.rcParams["font.size"] = 15
     plt.rcParams["lines.linewidth"] = 3
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.lemmas or not args.advantages:
-        show_lemmas().savefig(args.out / "lemmas.png")
-    if args.advantages or not args.lemmas:
-        show_advantages().savefig(args.out / "advantages.png")
+    show_lemmas().savefig(args.out / "lemmas.png")
+    show_advantages().savefig(args.out / "advantages.png")
     print(f"the pictures are in {args.out}/")
 
 

@@ -1,8 +1,6 @@
 """The methods that are compared, among them variants that are tried only here."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import rs_grpo
@@ -17,22 +15,10 @@ def rescaled(advantages):
     return advantages * (SCALE / size) if size > 0 else advantages
 
 
-def beta_of_accuracy(rewards):
-    """For each group β = 8 (1 − p): 8 where nothing is solved, 0 where all is. (P, N) to (P, 1)."""
-    return 8 * (1 - rewards.double().mean(1, keepdim=True))
-
-
 ADVANTAGES.update(
     rs_rescaled=lambda r, config: rescaled(risk_sensitive_advantage(r, config.beta)),
     grpo_rescaled=lambda r, config: rescaled(grpo_advantage(r)),
-    rs_accuracy=lambda r, config: risk_sensitive_advantage(r, beta_of_accuracy(r)),
 )
-
-
-def collect_annealed(policy, task, config, state, generator):
-    """Steps 1 to 4 with a β that falls linearly from 8 to 0 over the run."""
-    beta = 8 * (1 - state.step / config.steps)
-    return rs_grpo.collect(policy, task, replace(config, beta=beta), state, generator)
 
 
 def partial_credits(completions, answers):
@@ -54,7 +40,6 @@ class Method(NamedTuple):
     label: str  # in tables and figures
     settings: dict  # that differ from its testbed's
     part: str = "main"  # or the side question that it belongs to
-    collect: Callable = rs_grpo.collect
 
 
 RESCALED = {"advantage": "rs_rescaled"}
@@ -77,6 +62,4 @@ METHODS = {  # in the order of the tables
     "rs8_rescaled": Method("RS-GRPO, β = 8", RESCALED | {"beta": 8.0}, "rescaled"),
     "mean_partial": Method("mean baseline", PARTIAL | {"beta": 0.0}, "partial"),
     "rs2_partial": Method("RS-GRPO, β = 2", PARTIAL | {"beta": 2.0}, "partial"),
-    "rs_annealed": Method("β from 8 to 0 over the run", {}, "schedules", collect_annealed),
-    "rs_accuracy": Method("β = 8 (1 − p)", {"advantage": "rs_accuracy"}, "schedules"),
 }
