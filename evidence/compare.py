@@ -3,7 +3,7 @@
     python -m evidence.compare                                   # every method, the embedded model
     python -m evidence.compare --lr 2.5e-5 5e-5 1e-4 2e-4        # four methods at each rate
     python -m evidence.compare --only rs2 --kl 0.01 0.02 0.05    # with a KL penalty
-    python -m evidence.compare --only rs2 --temperature 0.6 2    # kept models, evaluated again
+    python -m evidence.compare --only rs2 --temperature 0.6 2    # models of --keep-models, again
     python -m evidence.compare --testbed pretrained --gguf FILE  # SmolLM2 on countdown-text
     python -m evidence.compare --quick                           # 2 steps of every method
 
@@ -51,10 +51,10 @@ class Testbed(NamedTuple):  # what the runs on one model and task have in common
     seeds: int  # of the main methods; side questions have three at most
 
 
-SMALL = dict(eval_samples=512, precision="float32", kl=0.0)
-LARGE = dict(kl=0.0, model=SMOL, task="countdown-text", steps=80, lr=2e-5, prompts=16, save_every=5)
+SMALL = dict(eval_samples=512, precision="float32")
+LARGE = dict(model=SMOL, task="countdown-text", steps=80, lr=2e-5, prompts=16, save_every=5)
 LARGE |= dict(eval_samples=64, micro_tokens=8192, precision="bfloat16")
-QUICK = dict(kl=0.0, steps=2, prompts=4, samples=8, eval_problems=16, eval_samples=64)
+QUICK = dict(steps=2, prompts=4, samples=8, eval_problems=16, eval_samples=64)
 TESTBEDS = {
     "countdown": Testbed(SMALL, every=100, samples=64, window=20, methods=list(METHODS), seeds=5),
     "pretrained": Testbed(LARGE, every=40, samples=32, window=5, methods=FEW, seeds=3),
@@ -64,9 +64,9 @@ TESTBEDS = {
 
 def begin(series, testbed, method, seed, changes):
     """A run's line before the run is made: what identifies it, and its settings."""
-    settings = TESTBEDS[testbed].settings | METHODS[method].settings | changes
+    settings = {"kl": 0.0} | TESTBEDS[testbed].settings | METHODS[method].settings | changes
     if testbed == "countdown" and settings["kl"]:
-        settings["eval_problems"] = 512  # λ is chosen on the second half
+        settings["eval_problems"] = 512  # the second half chooses λ
     settings = asdict(kl.Config(**settings))
     del settings["seed"], settings["out"]
     line = {"series": series, "testbed": testbed, "method": method, "seed": seed}
@@ -265,6 +265,12 @@ def again(line, runs, temperature):
     return line | {"settings": settings}
 
 
+def missing(args):
+    """The lines of those runs that the file doesn't hold."""
+    stored = {name_of(json.loads(line)) for line in args.store.open()}
+    return [line for line in asked(args) if name_of(line) not in stored]
+
+
 def run(args):
     """Make the runs that are missing. Raises BadInput if some of them fail."""
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -272,15 +278,14 @@ def run(args):
         convert(args.gguf, Path(SMOL))
     if args.quick:
         args.store.write_text("")
-    stored = {name_of(json.loads(line)) for line in args.store.open()}
-    missing = [line for line in asked(args) if name_of(line) not in stored]
-    if not missing:
+    lines = missing(args)
+    if not lines:
         print(f"nothing is missing: {args.store} holds every run that was asked for")
         return
     if args.testbed == "pretrained" and not Path(SMOL).exists():
         raise BadInput(f"{SMOL}/ isn't there; give --gguf FILE to make it")
     args.maker = maker()
-    failed = make_all(missing, args)
+    failed = make_all(lines, args)
     if failed:
         raise BadInput(f"not finished: {', '.join(failed)}; see the .log files in {args.runs}")
     print(f"finished: {args.store} has them all; python -m evidence.report makes the tables")

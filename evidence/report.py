@@ -1,7 +1,7 @@
 """Write RESULTS.md and its figures from runs.jsonl: python -m evidence.report
 
-The text is in RESULTS.template.md. A placeholder in it, {{SET: METHOD ARGUMENTS at …}}, is replaced
-by what this method of `Runs` returns for a set of `sets_of`: {{main: mean grpo at 32}} is GRPO's
+The text is in RESULTS.template.md. A placeholder in it, {{SET: FUNCTION ARGUMENTS at …}}, becomes
+what this function of `Runs` returns for a set of `sets_of`: {{main: mean grpo at 32}} is GRPO's
 pass@32. The same runs give the same bytes.
 """
 
@@ -23,27 +23,30 @@ DRAWS = 10_000  # of the bootstrap
 RATE = {"countdown": 5e-5, "pretrained": 2e-5}  # unless a run's name says another
 LABELS = {name: method.label for name, method in METHODS.items()}
 MAIN = [name for name, method in METHODS.items() if method.part == "main"]
-IN_ORDER = "0.55 black tab:blue #f59e42 #d7301f #7f0000"
-IN_ORDER += " tab:green tab:purple tab:brown tab:olive tab:cyan"
-COLORS = dict(zip(MAIN, IN_ORDER.split()))
+PALETTE = ["0.55", "black", "tab:blue", "#f59e42", "#d7301f", "#7f0000"]
+PALETTE += ["tab:green", "tab:purple", "tab:brown", "tab:olive", "tab:cyan"]
+COLORS = dict(zip(MAIN, PALETTE))
 TITLES = {
     "pass@1": "held-out pass@1 (%)",
     "pass@32": "held-out pass@32 (%)",
     "reward": "training: mean reward",
     "solve_rate": "training: share of the problems solved at least once",
-    "entropy": "training: entropy of the policy (nats a token)",
+    "entropy": "training: entropy of the policy (nats per token)",
 }
 
 
 class Runs:
-    """The lines of some runs and of the base, by name: S seeds, M problems, n samples of each."""
+    """The lines of some runs and of the base, by name: S seeds, M problems, n samples of each.
+
+    Lines of 0 steps are those of the base and of evaluations at other temperatures.
+    """
 
     def __init__(
         self, lines, testbed="countdown", steps=800, seeds=range(5), series="main", part=slice(256)
     ):
         self.part = part  # of the held-out problems
         self.lines = {}  # from name to seed to line
-        for line in sorted(lines, key=in_order):
+        for line in sorted(lines, key=sort_key):
             seed = line["seed"]
             trained = line["settings"]["steps"]
             fits = trained in (steps, 0) and seed in seeds
@@ -54,23 +57,24 @@ class Runs:
         self.ks = [2**i for i in range(self.n.bit_length())]
 
     def family(self, name, sign):
-        """The runs that differ from a run at most in what this sign stands for: their names."""
+        """The names of this run and of those that differ in λ (+), temperature (~) or rate (@)."""
         return [other for other in self.lines if other.split(sign)[0] == name]
 
     def field(self, name, *path):
         """One field of each seed's line: (S, …)."""
         values = []
         for line in self.lines[name].values():
+            value = line
             for key in path:
-                line = line[key]
-            values.append(line)
+                value = value[key]
+            values.append(value)
         return np.array(values, dtype=float)
 
     def curve(self, name, field):
         """Steps (X,) and values (X, S): of training or, for pass@k, of held-out problems."""
-        part = "curve" if field.startswith("pass") else "training"
-        steps = self.field(name, part, "step")[0]
-        return steps, self.field(name, part, field).T
+        kind = "curve" if field.startswith("pass") else "training"
+        steps = self.field(name, kind, "step")[0]
+        return steps, self.field(name, kind, field).T
 
     def pass_at_k(self, name, k):
         """In percent: (S, M)."""
@@ -78,14 +82,14 @@ class Runs:
         return chances(self.n, int(k))[correct.astype(int)]
 
     def per_seed(self, name, k):
-        """Mean over problems: (S,)."""
+        """Mean pass@k over problems, in percent: (S,)."""
         return self.pass_at_k(name, k).mean(1)
 
     def average(self, name, k):
         return self.per_seed(name, k).mean()
 
     def distinct(self, name):
-        """Different correct answers to a problem: (S,)."""
+        """Mean number of different correct answers to a problem: (S,)."""
         return self.field(name, "distinct")[:, self.part].mean(1)
 
     def difference(self, pair, k):
@@ -139,9 +143,10 @@ class Runs:
         return " | ".join(cells)
 
     def falls_below(self, name):
-        """The k from which a method's mean stays below the base's."""
+        """The k from which a method's mean stays below the base's, over the seeds of both."""
         for k in self.ks[::-1]:
-            if self.average(name, k) >= self.average("base", k):
+            lead, _, _ = self.difference(f"{name} - base", k)
+            if lead >= 0:
                 return f"{2 * k}" if k < self.n else f"not up to {k}"
         return "1"
 
@@ -159,7 +164,7 @@ def name_of(line):
     return name
 
 
-def in_order(line):
+def sort_key(line):
     settings = line["settings"]
     return settings["lr"], settings.get("kl", 0), settings["temperature"], line["seed"]
 
@@ -173,7 +178,7 @@ def chances(n, k):
 
 @cache
 def draws(*counts):
-    """For each count, how often each of so many is drawn, as shares: (DRAWS, count)."""
+    """For each count n, how often each of n is drawn, divided by n: (DRAWS, n)."""
     rng = np.random.default_rng(0)
     return [rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in counts]
 
@@ -193,6 +198,7 @@ def standard_error(values):
 
 
 def sets_of(lines):
+    """The sets that placeholders and figures name."""
     return {
         "main": Runs(lines),
         "three": Runs(lines, seeds=range(3)),
@@ -212,7 +218,7 @@ def filled(template, sets):
     return re.sub(r"\{\{(\w+): (\w+) (.+?)\}\}", replacement, template)
 
 
-def line(axes, name, x, values, style="-"):
+def band(axes, name, x, values, style="-"):
     """The mean of values (X, S) over x, with the range of its seeds as a band."""
     color = COLORS[name]
     axes.plot(x, values.mean(1), style, color=color, label=LABELS[name])
@@ -227,18 +233,18 @@ def mark_base(axes, *point):
 
 def over_steps(axes, runs, names, field):
     for name in names:
-        line(axes, name, *runs.curve(name, field))
+        band(axes, name, *runs.curve(name, field))
     axes.set(title=TITLES[field], xlabel="step")
 
 
-def over_k(axes, runs, names, about=""):
-    """pass@k over k: the paper's Figure 4."""
+def over_k(axes, runs, names, suffix=""):
+    """pass@k against k: the paper's Figure 4."""
     for name in ["base", *names]:
         values = np.array([runs.per_seed(name, k) for k in runs.ks])
-        line(axes, name, runs.ks, values, "--" if name == "base" else "-")
+        band(axes, name, runs.ks, values, "--" if name == "base" else "-")
     axes.set_xscale("log", base=2)
     axes.set_xticks(runs.ks, map(str, runs.ks))
-    axes.set(title=f"held-out pass@k (%){about}", xlabel="k")
+    axes.set(title=f"held-out pass@k (%){suffix}", xlabel="k")
 
 
 def paths(axes, runs, names):
@@ -253,7 +259,7 @@ def paths(axes, runs, names):
     axes.set(title="mean over seeds", xlabel="pass@1 (%)", ylabel="pass@32 (%)")
 
 
-def plane(axes, runs, methods, sign, k, about):
+def plane(axes, runs, methods, sign, k, title):
     """Each method's path through the plane of pass@1 and pass@k, over a rate or a weight."""
     for method in methods:
         names = runs.family(method, sign)
@@ -265,7 +271,7 @@ def plane(axes, runs, methods, sign, k, about):
             axes.annotate(word, point, (5, 4), textcoords="offset points", fontsize=8)
     base = runs.average("base", 1), runs.average("base", k)
     mark_base(axes, *base)
-    axes.set(title=about, xlabel="pass@1 (%)", ylabel=f"pass@{k} (%)")
+    axes.set(title=title, xlabel="pass@1 (%)", ylabel=f"pass@{k} (%)")
 
 
 def different_answers(axes, runs):
@@ -273,16 +279,16 @@ def different_answers(axes, runs):
         values = runs.distinct(name)
         error = standard_error(values)
         axes.barh(LABELS[name], values.mean(), xerr=error, color=COLORS[name])
-    axes.set(title="distinct correct answers", xlabel=f"a problem, in {runs.n} samples")
+    axes.set(title="distinct correct answers", xlabel=f"per problem, in {runs.n} samples")
 
 
 def accuracies(axes, runs, names):
-    """How many problems are solved how often."""
+    """The share of problems that are solved at least so often."""
     for name in names:
         accuracy = np.sort(runs.pass_at_k(name, 1), axis=None)[::-1]  # all seeds
         share = np.linspace(0, 100, len(accuracy))
         axes.plot(accuracy, share, color=COLORS[name], label=LABELS[name])
-    axes.set(title="problems solved at least so often (%)", xlabel="accuracy (%)")
+    axes.set(title="problems with at least this accuracy (%)", xlabel="accuracy (%)")
 
 
 def draw(*panels):
@@ -304,6 +310,7 @@ def draw(*panels):
 def figures_of(sets):
     """The figures by name."""
     main = sets["main"]
+    three = sets["three"]
     small = sets["small"]
     all_methods = MAIN[1:]
     betas = MAIN[2:6]
@@ -327,7 +334,7 @@ def figures_of(sets):
         ),
         "diversity": draw((different_answers, main), (accuracies, main, ["base", *few])),
         "learning-rates": draw(
-            (plane, main, [*few, "maxrl"], "@", 256, "embedded model (no label: 5e-5)"),
+            (plane, three, [*few, "maxrl"], "@", 256, "embedded model (no label: 5e-5)"),
             (plane, small, few, "@", 64, "pretrained model (no label: 2e-5)"),
         ),
         "pretrained": draw(

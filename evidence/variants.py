@@ -3,29 +3,14 @@
 import math
 from typing import NamedTuple
 
-import rs_grpo
-from rs_grpo import ADVANTAGES, TASKS, grpo_advantage, risk_sensitive_advantage
-
-SCALE = 0.1  # mean |Â| of a rescaled batch
-
-
-def rescaled(advantages):
-    """Advantages (P, N) times one number, so that their mean size is SCALE; zeros stay zeros."""
-    size = advantages.abs().mean()
-    return advantages * (SCALE / size) if size > 0 else advantages
-
-
-ADVANTAGES.update(
-    rs_rescaled=lambda r, config: rescaled(risk_sensitive_advantage(r, config.beta)),
-    grpo_rescaled=lambda r, config: rescaled(grpo_advantage(r)),
-)
+from rs_grpo import TASKS, countdown_value
 
 
 def partial_credits(completions, answers):
     """1 for the target, 0.5 / (1 + distance) for an expression with another value, else 0."""
     rewards = []
     for completion, (numbers, target) in zip(completions, answers):
-        value = rs_grpo.countdown_value(completion, numbers)
+        value = countdown_value(completion, numbers)
         distance = math.inf if value is None else abs(float(value - target))
         rewards.append(1.0 if distance == 0 else 0.5 / (1 + distance))
     return rewards
@@ -42,7 +27,6 @@ class Method(NamedTuple):
     part: str = "main"  # or the side question that it belongs to
 
 
-RESCALED = {"advantage": "rs_rescaled"}
 PARTIAL = {"task": "countdown-partial"}
 METHODS = {  # in the order of the tables
     "base": Method("base", {"steps": 0}),
@@ -56,10 +40,6 @@ METHODS = {  # in the order of the tables
     "pkpo": Method("PKPO, k = 4", {"advantage": "pkpo"}),
     "pkpo_loo": Method("PKPO leave-one-out, k = 4", {"advantage": "pkpo_loo"}),
     "maxrl": Method("MaxRL", {"advantage": "maxrl"}),
-    "grpo_rescaled": Method("GRPO", {"advantage": "grpo_rescaled"}, "rescaled"),
-    "mean_rescaled": Method("mean baseline, β = 0", RESCALED | {"beta": 0.0}, "rescaled"),
-    "rs2_rescaled": Method("RS-GRPO, β = 2", RESCALED | {"beta": 2.0}, "rescaled"),
-    "rs8_rescaled": Method("RS-GRPO, β = 8", RESCALED | {"beta": 8.0}, "rescaled"),
     "mean_partial": Method("mean baseline", PARTIAL | {"beta": 0.0}, "partial"),
     "rs2_partial": Method("RS-GRPO, β = 2", PARTIAL | {"beta": 2.0}, "partial"),
 }
