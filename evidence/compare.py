@@ -3,7 +3,7 @@
     python -m evidence.compare                                   # every method, the embedded model
     python -m evidence.compare --lr 2.5e-5 5e-5 1e-4 2e-4        # four methods at each rate
     python -m evidence.compare --only rs2 --kl 0.01 0.02 0.05    # with a KL penalty
-    python -m evidence.compare --only rs2 --temperature 0.6 2    # models of --keep-models, again
+    python -m evidence.compare --only rs2 --temperature 0.6 2    # evaluates kept models again
     python -m evidence.compare --testbed pretrained --gguf FILE  # SmolLM2 on countdown-text
     python -m evidence.compare --quick                           # 2 steps of every method
 

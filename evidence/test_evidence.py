@@ -404,8 +404,9 @@ def test_lemma_4_in_the_limit_the_rise_shrinks_as_1_over_beta(policies):
     torch.testing.assert_close(1e6 * change, p * ((1 - p) ** 2 + others))
 
 
+# Of Figure 2: for each β the accuracy 1/(1+e^(β/2)) with the largest mean |Â|, and |Â| at 15/16.
 PRINTED = ["0 -4.8e-04 0.0000", "16 9.0e-04 0.0145", "for 1,000 of the 1,000"]
-PRINTED += ["pass@4 0.250 0.000", "β = 0 0.500 0.117", "β = 2 0.269 0.054"]  # 1/(1+e^(β/2)), |Â|
+PRINTED += ["pass@4 0.250 0.000", "β = 0 0.500 0.117", "β = 2 0.269 0.054"]
 
 
 def test_the_theory_prints_its_tables_and_draws_its_pictures(tmp_path, capsys):
