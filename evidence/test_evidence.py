@@ -184,6 +184,11 @@ def test_the_k_from_which_a_method_stays_below_the_base_is_named(k):
     assert runs.falls_below("grpo") == k
 
 
+def test_a_method_is_below_the_base_of_its_own_seeds_only():
+    runs = runs_of({"base": [[2, 2], [4, 4]], "grpo": [[2, 2]]})
+    assert runs.falls_below("grpo") == "not up to 4"
+
+
 # --- One run --------------------------------------------------------------------------------------
 def quick(method, **changes):
     return compare.begin("main", "quick", method, 3, changes)
