@@ -231,6 +231,8 @@ def parse(arguments):
     flag("--keep-models", action="store_true", help="keep each run's folder, with its model/")
     flag("--quick", action="store_true", help="2 steps each, all in runs/quick; no evidence")
     args = parser.parse_args(arguments)
+    if args.temperature and (args.steps or 1 in args.temperature):
+        parser.error("--temperature takes others than 1, and models of the default number of steps")
     args.runs = Path("runs/quick") if args.quick else Path("runs")
     args.store = args.runs / "runs.jsonl" if args.quick else STORE
     if args.quick:
