@@ -23,9 +23,9 @@ clipped and the learning rate warmed up. There is no value network, reward model
 reference model. pass@k, the chance that at least one of k samples is right, on held-out problems:
 
     percent, mean of five seeds              k = 1    k = 32    k = 256
-    the model before training                 19.0      47.3       66.1
-    trained with GRPO                         28.3      46.7       56.6
-    trained with β = 2                        27.3      59.1       66.0
+    the model before training                 19.1      47.2       65.3
+    trained with GRPO                         28.1      47.2       57.4
+    trained with β = 2                        26.8      57.8       64.4
 
     python rs_grpo.py                     # train the embedded model on Countdown, and test it
     python rs_grpo.py --advantage grpo    # the same with GRPO

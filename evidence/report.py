@@ -88,6 +88,11 @@ class Runs:
     def average(self, name, k):
         return self.per_seed(name, k).mean()
 
+    def best(self, name, k):
+        """pass@k at the temperature where its mean over seeds is highest: (S,)."""
+        values = [self.per_seed(other, k) for other in self.family(name, "~")]
+        return max(values, key=np.mean)
+
     def distinct(self, name):
         """Mean number of different correct answers to a problem: (S,)."""
         return self.field(name, "distinct")[:, self.part].mean(1)
@@ -203,7 +208,7 @@ def sets_of(lines):
         "main": Runs(lines),
         "three": Runs(lines, seeds=range(3)),
         "long": Runs(lines, steps=2000, seeds=range(3)),
-        "rerun": Runs(lines, series="rerun"),
+        "before": Runs(lines, series="before"),
         "small": Runs(lines, "pretrained", 80),
     }
 
@@ -220,8 +225,8 @@ def filled(template, sets):
 
 def band(axes, name, x, values, style="-"):
     """The mean of values (X, S) over x, with the range of its seeds as a band."""
-    color = COLORS[name]
-    axes.plot(x, values.mean(1), style, color=color, label=LABELS[name])
+    color = COLORS[name.split("~")[0]]
+    axes.plot(x, values.mean(1), style, color=color, label=LABELS.get(name))
     axes.fill_between(x, values.min(1), values.max(1), color=color, alpha=0.1)
 
 
@@ -237,11 +242,16 @@ def over_steps(axes, runs, names, field):
     axes.set(title=TITLES[field], xlabel="step")
 
 
-def over_k(axes, runs, names, suffix=""):
+def over_k(axes, runs, names, suffix="", value=Runs.per_seed):
     """pass@k against k: the paper's Figure 4."""
     for name in ["base", *names]:
-        values = np.array([runs.per_seed(name, k) for k in runs.ks])
+        values = np.array([value(runs, name, k) for k in runs.ks])
         band(axes, name, runs.ks, values, "--" if name == "base" else "-")
+        _, _, temperature = name.partition("~")
+        end = 0 if temperature > "1" else -1  # where its curve is apart from the others
+        side = "left" if end else "right"
+        point = runs.ks[end], values[end].mean()
+        axes.annotate(f" {temperature} ", point, ha=side, va="center", fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(runs.ks, map(str, runs.ks))
     axes.set(title=f"held-out pass@k (%){suffix}", xlabel="k")
@@ -315,6 +325,7 @@ def figures_of(sets):
     all_methods = MAIN[1:]
     betas = MAIN[2:6]
     few = ["grpo", "rs2", "rs8"]
+    at_each = three.family("grpo", "~")
     return {
         "passk": draw(
             (over_k, main, MAIN[1:6], ": RS-GRPO, GRPO and the mean"),
@@ -336,6 +347,10 @@ def figures_of(sets):
         "learning-rates": draw(
             (plane, three, [*few, "maxrl"], "@", 256, "embedded model (no label: 5e-5)"),
             (plane, small, few, "@", 64, "pretrained model (no label: 2e-5)"),
+        ),
+        "temperatures": draw(
+            (over_k, three, [*few, "rs4"], ", each k at its best temperature", Runs.best),
+            (over_k, three, ["rs2", *at_each], ": GRPO at seven temperatures"),
         ),
         "pretrained": draw(
             (over_k, small, few),

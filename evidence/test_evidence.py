@@ -129,6 +129,19 @@ def test_a_run_is_named_by_its_method_and_what_is_unusual():
     assert report.name_of(line | {"testbed": "pretrained", "settings": usual}) == "rs2"
 
 
+def test_each_k_has_its_best_temperature():
+    runs = runs_of({"grpo~0.6": [[4, 0]], "grpo": [[2, 2]], "grpo~2": [[1, 1]]})
+    assert runs.family("grpo", "~") == ["grpo~0.6", "grpo", "grpo~2"]
+    assert [runs.best("grpo", k).item() for k in (1, 4)] == [50, 100]
+
+
+def test_no_temperature_takes_grpo_to_beta_2_from_k_4_to_32_nor_the_base_to_grpo_at_k_1():
+    three = SETS["three"]
+    for k in (4, 8, 16, 32):
+        assert three.best("grpo", k).mean() < three.average("rs2", k)
+    assert three.best("base", 1).mean() < three.average("grpo", 1)
+
+
 def test_only_a_part_of_the_problems_counts():
     whole = runs_of({"grpo": [[4, 0, 4]]})
     part = report.Runs(list(whole.lines["grpo"].values()), part=slice(1, 3))
@@ -141,6 +154,19 @@ def test_the_means_of_five_seeds_in_the_readme_are_those_of_the_report(name):
     assert f"| {report.LABELS[name]} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
     means = SETS["main"].mean(name, "1/32/256").split("/")
     assert name == "rs8" or " ".join(means) in " ".join(rs_grpo.__doc__.split())
+
+
+def test_the_first_table_differs_from_the_one_made_before_as_the_page_says():
+    errors = {}  # by how many standard errors the two means differ
+    for name in report.MAIN:
+        for k in (1, 4, 32, 256, 512):
+            now, before = (SETS[which].per_seed(name, k) for which in ("main", "before"))
+            error = np.hypot(report.standard_error(now), report.standard_error(before))
+            errors[name, k] = abs(now.mean() - before.mean()) / error
+    largest = [errors.pop(("rs2", k)) for k in (32, 256, 512)]
+    words = "it is now {:.1f}, {:.1f} and {:.1f} standard errors lower".format(*largest)
+    assert words in " ".join(PAGE.split())
+    assert len(errors) == 52 and max(errors.values()) < 2.05
 
 
 RNG = random.Random(0)
@@ -259,7 +285,7 @@ MADE_FOR = """
 --lr 2.5e-5 5e-5 1e-4 2e-4
 --steps 2000 --only grpo rs2 rs8 --seeds 0 1 2
 --testbed pretrained
---series rerun --only base grpo rs2 --seeds 0 1
+--only base grpo rs2 rs4 rs8 --temperature 0.6 0.8 1.2 1.4 1.6 2
 """.splitlines()  # the first is empty: no flags
 
 
@@ -291,6 +317,13 @@ def test_at_other_temperatures_kept_models_are_evaluated_and_not_trained():
     assert models == ["countdown-base"] * 2 + [kept] * 2
     assert {line["settings"]["steps"] for line in lines} == {0}
     assert compare.name_of(lines[3]) == "main-countdown-grpo-0steps-5e-05-temperature2-seed4"
+
+
+@parametrize("flags", ["--temperature 0.6 1", "--temperature 2 --steps 2000"])
+def test_evaluations_that_would_take_the_name_of_others_are_refused(flags, capsys):
+    with pytest.raises(SystemExit, match="^2$"):
+        compare.parse(flags.split())
+    assert "--temperature takes others than 1" in capsys.readouterr().err
 
 
 WRONG = {
