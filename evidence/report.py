@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by `python -m evidence.report`: edit RESULTS.template.md instead. -->\n\n"
 DRAWS = 10_000  # of the bootstrap
 RATE = {"countdown": 5e-5, "pretrained": 2e-5}  # unless a run's name says another
+STEPS = {"countdown": 800, "pretrained": 80}  # the same
 LABELS = {name: method.label for name, method in METHODS.items()}
 MAIN = [name for name, method in METHODS.items() if method.part == "main"]
 PALETTE = ["0.55", "black", "tab:blue", "#f59e42", "#d7301f", "#7f0000"]
@@ -41,16 +42,12 @@ class Runs:
     Lines of 0 steps are those of the base and of evaluations at other temperatures.
     """
 
-    def __init__(
-        self, lines, testbed="countdown", steps=800, seeds=range(5), series="main", part=slice(256)
-    ):
+    def __init__(self, lines, testbed="countdown", seeds=range(5), part=slice(256)):
         self.part = part  # of the held-out problems
         self.lines = {}  # from name to seed to line
         for line in sorted(lines, key=sort_key):
             seed = line["seed"]
-            trained = line["settings"]["steps"]
-            fits = trained in (steps, 0) and seed in seeds
-            if fits and (line["testbed"], line["series"]) == (testbed, series):
+            if seed in seeds and line["testbed"] == testbed:
                 by_seed = self.lines.setdefault(name_of(line), {})
                 by_seed[seed] = line
                 self.n = line["n"]
@@ -157,9 +154,11 @@ class Runs:
 
 
 def name_of(line):
-    """A run's method and what is unusual: +λ of a KL penalty, ~temperature, @learning rate."""
+    """A run's method and what is unusual: /steps, +λ of a KL penalty, ~temperature, @rate."""
     settings = line["settings"]
     name = line["method"]
+    if settings["steps"] not in (0, STEPS[line["testbed"]]):
+        name += f"/{settings['steps']}"
     if settings.get("kl"):
         name += f"+{settings['kl']:g}"
     if settings["temperature"] != 1:
@@ -204,12 +203,14 @@ def standard_error(values):
 
 def sets_of(lines):
     """The sets that placeholders and figures name."""
+    main = [line for line in lines if line["series"] == "main"]
+    early = [line for line in lines if line["commit"] == "before 4d215b1"]
     return {
-        "main": Runs(lines),
-        "three": Runs(lines, seeds=range(3)),
-        "long": Runs(lines, steps=2000, seeds=range(3)),
-        "before": Runs(lines, series="before"),
-        "small": Runs(lines, "pretrained", 80),
+        "main": Runs(main),
+        "three": Runs(main, seeds=range(3)),
+        "before": Runs(early),
+        "early": Runs(early, seeds=range(3)),
+        "small": Runs(main, "pretrained"),
     }
 
 
