@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by `python -m evidence.report`: edit RESULTS.template.md instead. -->\n\n"
 DRAWS = 10_000  # of the bootstrap
 RATE = {"countdown": 5e-5, "pretrained": 2e-5}  # unless a run's name says another
-STEPS = {"countdown": 800, "pretrained": 80}  # the same
+STEPS = {"countdown": 800, "pretrained": 80}  # unless a run's name says others
 LABELS = {name: method.label for name, method in METHODS.items()}
 MAIN = [name for name, method in METHODS.items() if method.part == "main"]
 PALETTE = ["0.55", "black", "tab:blue", "#f59e42", "#d7301f", "#7f0000"]
