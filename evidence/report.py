@@ -57,26 +57,19 @@ class Runs:
         """The names of this run and of those that differ in λ (+), temperature (~) or rate (@)."""
         return [other for other in self.lines if other.split(sign)[0] == name]
 
-    def field(self, name, *path):
+    def field(self, name, field):
         """One field of each seed's line: (S, …)."""
-        values = []
-        for line in self.lines[name].values():
-            value = line
-            for key in path:
-                value = value[key]
-            values.append(value)
-        return np.array(values, dtype=float)
+        return np.array([line[field] for line in self.lines[name].values()])
 
     def curve(self, name, field):
         """Steps (X,) and values (X, S): of training or, for pass@k, of held-out problems."""
-        kind = "curve" if field.startswith("pass") else "training"
-        steps = self.field(name, kind, "step")[0]
-        return steps, self.field(name, kind, field).T
+        curves = self.field(name, "curve" if field.startswith("pass") else "training")
+        return np.array(curves[0]["step"]), np.array([curve[field] for curve in curves]).T
 
     def pass_at_k(self, name, k):
         """In percent: (S, M)."""
         correct = self.field(name, "correct")[:, self.part]
-        return chances(self.n, int(k))[correct.astype(int)]
+        return chances(self.n, int(k))[correct]
 
     def per_seed(self, name, k):
         """Mean pass@k over problems, in percent: (S,)."""
@@ -285,14 +278,6 @@ def plane(axes, runs, methods, sign, k, title):
     axes.set(title=title, xlabel="pass@1 (%)", ylabel=f"pass@{k} (%)")
 
 
-def different_answers(axes, runs):
-    for name in MAIN[::-1]:
-        values = runs.distinct(name)
-        error = standard_error(values)
-        axes.barh(LABELS[name], values.mean(), xerr=error, color=COLORS[name])
-    axes.set(title="distinct correct answers", xlabel=f"per problem, in {runs.n} samples")
-
-
 def accuracies(axes, runs, names):
     """The share of problems that are solved at least so often."""
     for name in names:
@@ -344,7 +329,10 @@ def figures_of(sets):
             (over_steps, main, all_methods, "entropy"),
             (paths, main, MAIN[1:6]),
         ),
-        "diversity": draw((different_answers, main), (accuracies, main, ["base", *few])),
+        "accuracies": draw(
+            (accuracies, main, ["base", *few]),
+            (accuracies, main, ["base", "rs2", *MAIN[6:]]),
+        ),
         "learning-rates": draw(
             (plane, three, [*few, "maxrl"], "@", 256, "embedded model (no label: 5e-5)"),
             (plane, small, few, "@", 64, "pretrained model (no label: 2e-5)"),
