@@ -59,12 +59,16 @@ class Runs:
 
     def field(self, name, field):
         """One field of each seed's line: (S, …)."""
-        return np.array([line[field] for line in self.lines[name].values()])
+        lines = self.lines[name].values()
+        return np.array([line[field] for line in lines])
 
     def curve(self, name, field):
         """Steps (X,) and values (X, S): of training or, for pass@k, of held-out problems."""
-        curves = self.field(name, "curve" if field.startswith("pass") else "training")
-        return np.array(curves[0]["step"]), np.array([curve[field] for curve in curves]).T
+        kind = "curve" if field.startswith("pass") else "training"
+        curves = self.field(name, kind)  # (S,), of dicts
+        steps = np.array(curves[0]["step"])
+        values = np.array([curve[field] for curve in curves])
+        return steps, values.T
 
     def pass_at_k(self, name, k):
         """In percent: (S, M)."""
