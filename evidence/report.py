@@ -28,8 +28,6 @@ PALETTE = ["0.55", "black", "tab:blue", "#f59e42", "#d7301f", "#7f0000"]
 PALETTE += ["tab:green", "tab:purple", "tab:brown", "tab:olive", "tab:cyan"]
 COLORS = dict(zip(MAIN, PALETTE))
 TITLES = {
-    "pass@1": "held-out pass@1 (%)",
-    "pass@32": "held-out pass@32 (%)",
     "reward": "training: mean reward",
     "solve_rate": "training: share of the problems solved at least once",
     "entropy": "training: entropy of the policy (nats per token)",
@@ -100,7 +98,9 @@ class Runs:
         a, b = pair.split(" - ")
         shared_a = [seed in self.lines[b] for seed in self.lines[a]]
         shared_b = [seed in self.lines[a] for seed in self.lines[b]]
-        d = self.pass_at_k(a, k)[shared_a] - self.pass_at_k(b, k)[shared_b]  # (S, M)
+        rates_a = self.pass_at_k(a, k)[shared_a]  # (S, M)
+        rates_b = self.pass_at_k(b, k)[shared_b]
+        d = rates_a - rates_b
         of_problems, of_seeds = draws(d.shape[1], d.shape[0])
         resampled = (of_problems @ d.T * of_seeds).sum(1)  # (DRAWS,)
         low, high = np.percentile(resampled, [2.5, 97.5])
@@ -181,7 +181,11 @@ def chances(n, k):
 def draws(*counts):
     """For each count n, how often each of n is drawn, divided by n: (DRAWS, n)."""
     rng = np.random.default_rng(0)
-    return [rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in counts]
+    shares = []
+    for n in counts:
+        drawn = rng.multinomial(n, np.full(n, 1 / n), DRAWS)
+        shares.append(drawn / n)
+    return shares
 
 
 def written(rate):
@@ -228,16 +232,10 @@ def band(axes, name, x, values, style="-"):
     axes.fill_between(x, values.min(1), values.max(1), color=color, alpha=0.1)
 
 
-def mark_base(axes, *point):
-    axes.plot(*point, "s", color=COLORS["base"], ms=8)
-    axes.annotate("base", point, (0, -16), textcoords="offset points", ha="center")
-    axes.margins(0.12)  # the word needs room
-
-
 def over_steps(axes, runs, names, field):
     for name in names:
         band(axes, name, *runs.curve(name, field))
-    axes.set(title=TITLES[field], xlabel="step")
+    axes.set(title=TITLES.get(field, f"held-out {field} (%)"), xlabel="step")
 
 
 def over_k(axes, runs, names, suffix="", value=Runs.per_seed):
@@ -263,7 +261,7 @@ def paths(axes, runs, names):
         x, y = x.mean(1), y.mean(1)
         axes.plot(x, y, ".-", color=COLORS[name])
         axes.plot(x[-1], y[-1], "o", color=COLORS[name], ms=9)
-    mark_base(axes, x[0], y[0])
+    axes.plot(x[0], y[0], "s", color=COLORS["base"], label="base")
     axes.set(title="mean over seeds", xlabel="pass@1 (%)", ylabel="pass@32 (%)")
 
 
@@ -278,7 +276,7 @@ def plane(axes, runs, methods, sign, k, title):
             word = name.partition(sign)[2]
             axes.annotate(word, point, (5, 4), textcoords="offset points", fontsize=8)
     base = runs.average("base", 1), runs.average("base", k)
-    mark_base(axes, *base)
+    axes.plot(*base, "s", color=COLORS["base"], label="base")
     axes.set(title=title, xlabel="pass@1 (%)", ylabel=f"pass@{k} (%)")
 
 
@@ -312,7 +310,6 @@ def figures_of(sets):
     main = sets["main"]
     three = sets["three"]
     small = sets["small"]
-    all_methods = MAIN[1:]
     betas = MAIN[2:6]
     few = ["grpo", "rs2", "rs8"]
     at_each = three.family("grpo", "~")
@@ -328,9 +325,9 @@ def figures_of(sets):
             (over_steps, main, betas, "pass@32"),
         ),
         "methods": draw(
-            (over_steps, main, all_methods, "pass@1"),
-            (over_steps, main, all_methods, "pass@32"),
-            (over_steps, main, all_methods, "entropy"),
+            (over_steps, main, MAIN[1:], "pass@1"),
+            (over_steps, main, MAIN[1:], "pass@32"),
+            (over_steps, main, MAIN[1:], "entropy"),
             (paths, main, MAIN[1:6]),
         ),
         "accuracies": draw(
