@@ -3,8 +3,8 @@
 Reinforcement learning with verifiable rewards improves a language model's first answer, but the
 best of many answers can get worse. Answers of a common kind are sampled most, so they dominate the
 gradient of the mean reward. As prompts share the model's weights, common kinds become likelier even
-on prompts where they fail. Prompts that only a rare kind of answer solves are lost: training ends
-in a local optimum. RS-GRPO maximises an objective that gives these prompts more weight. For a
+on prompts where they fail. Prompts that only a rare kind of answer solves suffer: training ends in
+a local optimum. RS-GRPO maximises an objective that gives these prompts more weight. For a
 prompt x, completions y ~ π(·|x) and their rewards r(y), it is
 
     J_β = (1/β) log E[exp(βr)]      the mean reward for β → 0, the largest reward for β → ∞
@@ -16,11 +16,11 @@ by the chain rule and ∇E[f(y)] = E[f(y) ∇log π(y|x)], as in every policy gr
 subtracts 1/β, a baseline: it changes no expectation, since E[∇log π] = 0.
 
 We estimate A from a prompt's N samples, its group, with the mean of their exp(βr) in place of the
-expectation; the bias vanishes as N grows. Only A differs from GRPO, where it is (r − mean(r)) /
-std(r). A training step: 1. take P prompts; 2. sample N completions of each; 3. judge them by a
-rule; 4. turn rewards into advantages; 5. take one step along the policy gradient, with its norm
-clipped and the learning rate warmed up. There is no value network, reward model, KL penalty or
-reference model. pass@k, the chance that at least one of k samples is right, on held-out problems:
+expectation; the bias vanishes as N grows. For GRPO only A differs here: (r − mean(r)) / std(r). A
+training step: 1. take P prompts; 2. sample N completions of each; 3. judge them by a rule; 4. turn
+rewards into advantages; 5. take one step along the policy gradient, with its norm clipped and the
+learning rate warmed up. There is no value network, no reward model and, unlike in the GRPO paper,
+no KL penalty. pass@k, the chance that at least one of k samples is right, on held-out problems:
 
     percent, mean of five seeds              k = 1    k = 32    k = 256
     the model before training                 19.1      47.2       65.3
@@ -108,7 +108,7 @@ def risk_sensitive_advantage(rewards: Tensor, beta: float | Tensor) -> Tensor:
 
 def grpo_advantage(rewards: Tensor) -> Tensor:
     """Â_i = (r_i − mean(r)) / (std(r) + 1e-6), with the population's std (GRPO, arXiv 2402.03300).
-    Dividing by std(r) gives nearly solved prompts (c = 15) as much weight as hard ones (c = 1).
+    As with the mean baseline, nearly solved prompts (c = 15) weigh as much as hard ones (c = 1).
     """
     advantages = risk_sensitive_advantage(rewards, 0.0)  # the mean baseline (P, N)
     std = advantages.std(1, keepdim=True, correction=0)  # (P, 1), that of the rewards
@@ -322,7 +322,7 @@ def completion_logprobs(policy, prompts, completions, temperature):
     """log π of every completion token of R rows at the sampling temperature, (R, T); 0 on padding.
     The keys and values of a prompt are computed once and handed to all its completions.
     """
-    different = list(dict.fromkeys(prompts))  # fewer than R
+    different = list(dict.fromkeys(prompts))  # at most R
     last, prompt_mask, cache = prefill(policy, different)  # of each prompt: (…, D), (…, L)
     ids, mask = pad(policy, completions, "right")  # (R, T)
     owner = [different.index(prompt) for prompt in prompts]
@@ -356,7 +356,7 @@ def token_logprobs(policy, hidden, ids, temperature):
 
 
 def micro_batches(rollouts, advantages, micro_tokens):
-    """Cut a batch into (prompts, completions, weights) of one row or `micro_tokens` tokens at most.
+    """Cut a batch into (prompts, completions, weights) of at most `micro_tokens` tokens or one row.
     Equal completions of a prompt have equal gradients: one stands for all, with their summed Â.
     """
     weights = Counter()
@@ -449,7 +449,7 @@ class Config:  # each setting is a flag of the command line
     temperature: float = flag(1.0, "of sampling; the loss uses the same", above=0)
     seed: int = flag(0, "of the order of problems and of every sampled token", least=0)
     eval_problems: int = flag(256, "at most this many held-out problems to evaluate on", least=1)
-    eval_samples: int = flag(256, "completions of each; k goes up to it in powers of 2", least=1)
+    eval_samples: int = flag(256, "samples per held-out problem; k = 1, 2, 4 … up to it", least=1)
     out: str = flag("", "run folder; by default runs/MODEL-ADVANTAGE-seedN")
     save_every: int = flag(50, "steps between checkpoints; a kill loses at most this many", least=1)
     micro_tokens: int = flag(4096, "tokens per micro-batch; changes memory and rounding", least=1)
@@ -670,7 +670,7 @@ def load_checkpoint(folder, model, optimizer, generator, state):
         raise
     except Exception as error:  # a missing or damaged file, or another model's
         raise BadInput(f"{folder} can't be resumed ({error!r:.200}); take another --out") from error
-    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(True)
     os.truncate(folder / "metrics.jsonl", sum(map(len, lines[: state.step])))
 
 
@@ -738,7 +738,7 @@ def make_parser(config_class):
     """A flag for every setting of the class, and --resume."""
     script = sys.modules[config_class.__module__]  # this file, or an extension
     name = Path(script.__file__).name
-    about = script.__doc__.splitlines()[0]
+    about = (script.__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(name, usage="%(prog)s [flags]", description=about)
     parser.error = lambda message: parser.exit(2, f"{name}: {message}; see --help\n")  # one line
     for setting in fields(config_class):

@@ -47,7 +47,7 @@ class Testbed(NamedTuple):  # what the runs on one model and task have in common
     every: int  # steps between evaluations on the way
     samples: int  # of each held-out problem in an evaluation on the way
     window: int  # steps averaged for one point of the training curves
-    methods: list  # compared unless --only or --lr is given
+    methods: list  # compared by default
     seeds: int  # of the main methods; side questions have three at most
 
 

@@ -8,6 +8,7 @@ GRPO and β = 2 train with the default settings, in runs/one-problem/. At these 
 """
 
 import json
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -38,6 +39,7 @@ def make():
     found = {"problem": problem[0]}
     for label, advantage in METHODS.items():
         folder = f"runs/one-problem/{advantage}"
+        shutil.rmtree(folder, ignore_errors=True)
         found[label] = {0: sample_answers(base, task, problem, 16)}
         for steps in STEPS:
             config = Config(advantage=advantage, steps=steps, out=folder, eval_problems=1)

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure  # no pyplot: no display is needed
 
 from evidence.variants import METHODS
-from rs_grpo import pass_at_k
+from rs_grpo import EMBEDDED, pass_at_k
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by `python -m evidence.report`: edit RESULTS.template.md instead. -->\n\n"
@@ -202,13 +202,28 @@ def standard_error(values):
     return values.std(ddof=1) / math.sqrt(len(values))
 
 
+def solved_by_sums():
+    """Whether adding and subtracting can solve a held-out problem: (256,), of bool."""
+    found = []
+    for question in (EMBEDDED / "held-out.txt").open():
+        *numbers, target = map(int, re.findall("[0-9]+", question))
+        sums = {0}
+        for number in numbers:
+            sums = {total + sign * number for total in sums for sign in (1, -1)}
+        found.append(target in sums)
+    return np.array(found[:256])
+
+
 def sets_of(lines):
     """The sets that placeholders and figures name."""
+    by_sums = solved_by_sums()
     main = [line for line in lines if line["series"] == "main"]
     early = [line for line in lines if line["commit"] == "before 4d215b1"]
     return {
         "main": Runs(main),
         "three": Runs(main, seeds=range(3)),
+        "sums": Runs(main, part=np.flatnonzero(by_sums)),
+        "others": Runs(main, part=np.flatnonzero(~by_sums)),
         "before": Runs(early),
         "early": Runs(early, seeds=range(3)),
         "small": Runs(main, "pretrained"),
@@ -280,15 +295,6 @@ def plane(axes, runs, methods, sign, k, title):
     axes.set(title=title, xlabel="pass@1 (%)", ylabel=f"pass@{k} (%)")
 
 
-def accuracies(axes, runs, names):
-    """The share of problems that are solved at least so often."""
-    for name in names:
-        accuracy = np.sort(runs.pass_at_k(name, 1), axis=None)[::-1]  # all seeds
-        share = np.linspace(0, 100, len(accuracy))
-        axes.plot(accuracy, share, color=COLORS[name], label=LABELS[name])
-    axes.set(title="problems with at least this accuracy (%)", xlabel="accuracy (%)")
-
-
 def draw(*panels):
     """A figure of panels, two a row. A panel is a function of axes, with its other arguments."""
     rows = len(panels) // 2
@@ -316,7 +322,7 @@ def figures_of(sets):
     return {
         "passk": draw(
             (over_k, main, MAIN[1:6], ": RS-GRPO, GRPO and the mean"),
-            (over_k, main, ["rs2", *MAIN[6:]], ": other estimators of pass@k"),
+            (over_k, main, ["rs2", *MAIN[6:]], ": other advantages"),
         ),
         "beta": draw(
             (over_steps, main, betas, "solve_rate"),
@@ -329,10 +335,6 @@ def figures_of(sets):
             (over_steps, main, MAIN[1:], "pass@32"),
             (over_steps, main, MAIN[1:], "entropy"),
             (paths, main, MAIN[1:6]),
-        ),
-        "accuracies": draw(
-            (accuracies, main, ["base", *few]),
-            (accuracies, main, ["base", "rs2", *MAIN[6:]]),
         ),
         "learning-rates": draw(
             (plane, three, [*few, "maxrl"], "@", 256, "embedded model (no label: 5e-5)"),

@@ -1,6 +1,6 @@
 """Set finished runs side by side, from their folders alone: one table and one picture.
 
-    python -m evidence.side_by_side runs/*
+    python -m evidence.side_by_side    # all in runs/
     python -m evidence.side_by_side runs/a runs/b --out a-and-b.png
 
 The base is the model before training. It is a mean over seeds, as each seed draws other samples.
@@ -112,13 +112,14 @@ def draw(columns: dict[str, dict], runs: list[Run], path: Path) -> None:
 
 def main(arguments=None):
     parser = argparse.ArgumentParser("side_by_side", description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="run folders, such as runs/*")
+    found = sorted(Path("runs").glob("*"))
+    parser.add_argument("folders", type=Path, nargs="*", default=found, help="(default: runs/*)")
     parser.add_argument("--out", type=Path, default="runs/side-by-side.png", help="the picture")
     args = parser.parse_args(arguments)
     runs = []
     for folder in args.folders:
         try:
-            if not folder.is_file():  # runs/* names the last picture, too
+            if not folder.is_file():  # such as the last picture
                 runs.append(read_run(folder))
         except BadInput as error:
             print(f"left out: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The specification of evidence/, as sentences: `python -m pytest evidence -v` prints it."""
 
+import itertools
 import json
 import os
 import random
@@ -17,17 +18,8 @@ import pytest
 import torch
 
 import rs_grpo
-from evidence import (
-    card,
-    compare,
-    one_problem,
-    pretrain,
-    report,
-    side_by_side,
-    speed,
-    theory,
-    variants,
-)
+from evidence import card, compare, pretrain, report, side_by_side, speed, theory, variants
+from evidence.one_problem import cell
 from extensions import kl
 from rs_grpo import EMBEDDED, Config, Rollouts
 from test_rs_grpo import ROOT, parametrize
@@ -56,7 +48,7 @@ def test_partial_credit_falls_with_the_distance_from_the_target(text):
 
 def test_the_answers_to_one_problem_are_counted_and_right_ones_marked():
     answers = [(0.0, "1+1"), (1.0, "2*3"), (0.0, "1+1"), (0.0, "3-2"), (0.0, "1-1")]
-    assert one_problem.cell(answers) == "`1+1` (2), `2*3` ✓ (1), 2 others"
+    assert cell(answers) == "`1+1` (2), `2*3` ✓ (1), 2 others"
 
 
 # --- The file of runs -----------------------------------------------------------------------------
@@ -86,13 +78,10 @@ def runs_of(counts):
     return report.Runs(lines)
 
 
-def test_results_md_is_what_the_report_writes_byte_for_byte():
+def test_the_page_is_what_the_report_writes_byte_for_byte_and_shows_every_figure():
     template = (ROOT / "evidence/RESULTS.template.md").read_text()
     assert PAGE == report.NOTE + report.filled(template, SETS)
     assert "{{" not in PAGE and "nan" not in PAGE
-
-
-def test_every_figure_of_the_page_is_drawn():
     figures = report.figures_of(SETS)
     assert re.findall(r"\]\(\.\./figures/(.*)\.png\)", PAGE) == list(figures)
 
@@ -146,6 +135,14 @@ def test_at_every_temperature_grpo_is_behind_beta_2_by_more_than_the_error(k):
 
 def test_no_temperature_takes_the_base_to_grpo_at_k_1():
     assert SETS["three"].best("base", 1).mean() < SETS["three"].average("grpo", 1)
+
+
+def test_sums_solve_a_problem_if_some_signs_of_its_numbers_do():
+    signs = list(itertools.product((1, -1), repeat=4))
+    questions = (EMBEDDED / "held-out.txt").read_text().splitlines()
+    for question, found in zip(questions, report.solved_by_sums()):
+        *numbers, target = map(int, question[:-1].replace("=", ",").split(","))
+        assert found == (target in np.dot(signs, numbers))
 
 
 def test_only_a_part_of_the_problems_counts():
@@ -242,15 +239,11 @@ def test_a_run_of_the_comparison_is_that_of_rs_grpo_with_the_same_flags(made, tm
     assert rs_grpo.train(own)[2]["correct"] == line["correct"]
 
 
-def test_training_curves_are_means_over_windows_named_by_their_last_steps(made):
+def test_curves_are_means_in_training_and_hold_both_ends_of_held_out_evaluations(made):
     line, folder = made
     rewards = [json.loads(row)["reward"] for row in (folder / "metrics.jsonl").open()]
     assert line["training"]["step"] == [2]
     assert line["training"]["reward"] == [round(np.mean(rewards), 4)]
-
-
-def test_held_out_curves_hold_the_beginning_the_way_and_the_end(made):
-    line, _ = made
     accuracy = 100 * np.mean(line["correct"]) / line["n"]
     assert line["curve"]["step"] == [0, 1, 2]
     assert line["curve"]["pass@1"][-1] == round(accuracy, 3)
@@ -426,12 +419,6 @@ def policies():
     return torch.nn.functional.one_hot(bandits.arms).double().mean(1), bandits
 
 
-def test_random_policies_range_from_nearly_even_to_nearly_settled(policies):
-    probs, _ = policies
-    assert probs.min() == 1 / 200  # no arm is left out
-    assert probs.amax(1).min() < 0.3 and probs.max() > 0.9
-
-
 def test_lemma_2_the_standard_gradient_can_lower_the_best_arm(policies):
     lowered = theory.one_step_change(policies[1], 0) < 0
     assert 50 < lowered.sum() < 500
@@ -584,12 +571,15 @@ def test_a_folder_without_a_finished_run_is_left_out(tmp_path, capsys, name, con
     assert "none of these is a finished run" in capsys.readouterr().err
 
 
-def test_the_picture_is_drawn_and_does_not_disturb_the_same_command_again(tmp_path, capsys):
-    write_run(tmp_path / "a", steps=0, after=(10.0, 20.0))
-    write_run(tmp_path / "b", advantage="grpo")
+def test_all_of_runs_is_shown_and_the_picture_does_not_disturb(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs/a"), steps=0, after=(10.0, 20.0))
+    write_run(Path("runs/b"), advantage="grpo")
     for _ in range(2):
-        assert not show(capsys, *sorted(tmp_path.iterdir())).err
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+        side_by_side.main([])
+        printed = capsys.readouterr()
+        assert printed.out.split()[:3] == ["base", "rs-2", "steps"] and not printed.err
+    assert Path("runs/side-by-side.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- The card -------------------------------------------------------------------------------------

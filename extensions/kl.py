@@ -3,9 +3,9 @@
     python -m extensions.kl --kl 0.02
     python -m extensions.kl --kl 0.02 --advantage grpo
 
-The objective becomes J_β − λ KL(π ‖ π_base), where the divergence is that of whole completions, in
-nats. With Δ(y) = log π(y|x) − log π_base(y|x) it is E[Δ]. Its gradient is E[Δ ∇log π], because
-the gradient of Δ contributes only E[∇log π] = 0. So the advantage becomes
+With `--advantage rs` the objective becomes J_β − λ KL(π ‖ π_base); others get the same term. The
+divergence, of whole completions and in nats, is E[Δ] with Δ(y) = log π(y|x) − log π_base(y|x). Its
+gradient is E[Δ ∇log π], because that of Δ contributes only E[∇log π] = 0. So the advantage becomes
 
     Â_i  −  λ (Δ_i − mean_j Δ_j)        the group's mean is a baseline, as in r − mean(r)
 
@@ -64,9 +64,9 @@ def log_ratios(policy, base, rollouts, config):
     for prompts, completions, _ in rs_grpo.micro_batches(rollouts, everything, config.micro_tokens):
         rows = (prompts, completions, config.temperature)
         with policy.autocast():
-            ours = rs_grpo.completion_logprobs(policy, *rows)  # (B', T)
+            ours = rs_grpo.completion_logprobs(policy, *rows)  # (R, T)
             theirs = rs_grpo.completion_logprobs(base, *rows)
-        ratios = (ours - theirs).sum(1)  # (B',)
+        ratios = (ours - theirs).sum(1)  # (R,)
         found.update(zip(zip(prompts, completions), ratios.tolist()))
     ratios = [found[row] for row in zip(rollouts.prompts, rollouts.completions)]
     return torch.tensor(ratios).view_as(rollouts.rewards)

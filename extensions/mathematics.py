@@ -38,7 +38,7 @@ class MathConfig(estimators.Config):
     train_problems: int = flag(10**9, "train on the first so many problems of --task", least=1)
     instruction: str = flag(BOXED, "what a model is told after each problem")
     lr: float = flag(1e-6, "AdamW's learning rate", above=0)
-    eval_samples: int = flag(16, "completions of each, and so the largest k", least=1)
+    eval_samples: int = flag(16, "samples per held-out problem, and so the largest k", least=1)
     dynamic_sampling: int = flag(0, "further draws a step, while groups lack a signal", least=0)
     updates: int = flag(1, "updates a step; above 1, of minibatches with PPO's ratio", least=1)
     clip_low: float = flag(0.2, "lower clip of that ratio: 1 - this", least=0)
@@ -169,7 +169,7 @@ def split(rollouts, advantages, updates):
 
 @torch.no_grad()
 def logprobs_by_batch(policy, rollouts, advantages, config, logprobs):
-    """log π_old of the tokens of every micro-batch, (B', T) each.
+    """log π_old of the tokens of every micro-batch, (R, T) each.
 
     They are computed as in learning, since sampling rounds otherwise.
     """
@@ -184,14 +184,14 @@ def clipped_policy_gradient(policy, rollouts, advantages, old, config, logprobs)
         loss = − Σ_i Σ_t min(ratio·Â_i, clip(ratio, 1 − low, 1 + high)·Â_i) / (completion tokens)
 
     with ratio = π/π_old. The clip keeps an update from moving π far from the policy that sampled
-    (PPO, arXiv 1707.06347). `old` holds log π_old of every micro-batch, (B', T) each.
+    (PPO, arXiv 1707.06347). `old` holds log π_old of every micro-batch, (R, T) each.
     """
     batches = rs_grpo.micro_batches(rollouts, advantages, config.micro_tokens)
     for (prompts, completions, weights), before in zip(batches, old):
         with policy.autocast():
-            now = logprobs(policy, prompts, completions, config.temperature)  # (B', T)
-        weights = torch.tensor(weights, device=now.device)[:, None]  # (B', 1)
-        ratio = (now - before).exp()  # (B', T), and a constant 1 on padding
+            now = logprobs(policy, prompts, completions, config.temperature)  # (R, T)
+        weights = torch.tensor(weights, device=now.device)[:, None]  # (R, 1)
+        ratio = (now - before).exp()  # (R, T), and a constant 1 on padding
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         loss = -torch.minimum(ratio * weights, clipped * weights).sum()
         loss.backward()
