@@ -222,6 +222,7 @@ def sets_of(lines):
     return {
         "main": Runs(main),
         "three": Runs(main, seeds=range(3)),
+        "chosen": Runs(main, seeds=range(3), part=slice(256, 512)),
         "sums": Runs(main, part=np.flatnonzero(by_sums)),
         "others": Runs(main, part=np.flatnonzero(~by_sums)),
         "before": Runs(early),
@@ -339,6 +340,10 @@ def figures_of(sets):
         "learning-rates": draw(
             (plane, three, [*few, "maxrl"], "@", 256, "embedded model (no label: 5e-5)"),
             (plane, small, few, "@", 64, "pretrained model (no label: 2e-5)"),
+        ),
+        "penalties": draw(
+            (plane, three, few, "+", 32, "no label: without a penalty"),
+            (plane, three, few, "+", 256, "the same at k = 256"),
         ),
         "temperatures": draw(
             (over_k, three, [*few, "rs4"], ", each k at its best temperature", Runs.best),
