@@ -312,12 +312,13 @@ def test_the_base_is_asked_for_once_a_seed_whatever_the_rates():
     assert names == {"base": 1, "grpo": 2, "rs2": 2, "rs8": 2, "maxrl": 2}
 
 
-@parametrize("method, best", [("grpo", "0.1"), ("rs2", "0.02"), ("rs8", "0.01")])
-def test_the_weight_of_a_penalty_is_chosen_on_other_problems(method, best):
+@parametrize("method", ["grpo", "rs2", "rs8"])
+def test_the_weight_of_a_penalty_that_other_problems_chose_has_five_seeds(method):
     scores = {}  # means of pass@k over five k
     for name in SETS["chosen"].family(method, "+")[1:]:  # the first has no penalty
         scores[name] = np.mean([SETS["chosen"].average(name, k) for k in (1, 4, 32, 256, 512)])
-    assert max(scores, key=scores.get) == f"{method}+{best}"
+    best = max(scores, key=scores.get)
+    assert [name for name in scores if len(SETS["main"].lines[name]) == 5] == [best]
 
 
 def test_a_penalty_is_part_of_a_run_and_evaluated_on_more_problems():
