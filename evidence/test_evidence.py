@@ -404,6 +404,7 @@ def test_a_comparison_that_is_killed_goes_on_when_it_is_started_again(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals differ")
 def test_ctrl_c_ends_a_comparison_with_a_sentence(tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     status, printed = killed(tmp_path, signal.SIGINT)
     assert status == 1 and printed.endswith("\nstopped; the same command goes on from here\n")
 
