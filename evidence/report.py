@@ -223,6 +223,7 @@ def sets_of(lines):
         "main": Runs(main),
         "three": Runs(main, seeds=range(3)),
         "chosen": Runs(main, seeds=range(3), part=slice(256, 512)),
+        "last": Runs(main, seeds=(3, 4)),
         "sums": Runs(main, part=np.flatnonzero(by_sums)),
         "others": Runs(main, part=np.flatnonzero(~by_sums)),
         "before": Runs(early),
